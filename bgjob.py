@@ -28,7 +28,7 @@ Durations are everywhere the same: seconds (int or float), a `timedelta`, or tex
 """
 
 # 0 Door ---------------------------------------------------------------------------------------------------------------
-# Nothing below starts a thread, a loop or a handler at import, and croniter, zoneinfo and json wait until they are used.
+# Nothing below starts a thread, a loop or a handler at import; croniter, zoneinfo and json wait until they are used.
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, Protocol, TypeAl
 from zlib import crc32
 
 if TYPE_CHECKING:
-    from typing_extensions import ParamSpec, TypeVar  # each checker has it: defaults make a bare `Run` or `Job` a type
+    from typing_extensions import ParamSpec, TypeVar  # checkers have it; defaults make a bare `Run` a type
 else:
     import typing
 
@@ -135,7 +135,7 @@ class RunCancelled(BgjobError):
 
 
 # 2 Time ---------------------------------------------------------------------------------------------------------------
-# Durations and instants as whole milliseconds, and the clocks. No other room reads one; `_spread` is all jitter there is.
+# Durations and instants as whole milliseconds, and the clocks. No other room reads one; `_spread` is all the jitter.
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MS = timedelta(milliseconds=1)
@@ -158,7 +158,7 @@ def _duration(what: str, value: object, least: int = 0) -> int:
         ms = math.nan
     if math.isnan(ms):
         raise ScheduleError(
-            f"{what}={value!r}: not a duration; write seconds (90), a timedelta, or text such as '30s', '1h30m', '250ms'"
+            f"{what}={value!r}: not a duration; write seconds (90), a timedelta, or text such as '30s' or '1h30m'"
         )
     if not -0.5 < ms <= _CENTURY or round(ms) < least:
         bounds = "more than 100 years" if ms > 0 and ms > _CENTURY else "too short" if ms >= 0 else "negative"
@@ -171,7 +171,7 @@ def _least(ms: int) -> str:
 
 
 def _parse_duration(text: str) -> float:
-    """Milliseconds; NaN where the text is none. The largest unit comes first and each at most once: '1h30m', '1.5h'."""
+    """Milliseconds; NaN where it is none. The largest unit comes first and each at most once: '1h30m', '1.5h'."""
     pattern = r"\s*".join(rf"(?:([0-9]+(?:\.[0-9]+)?)\s*{unit})?" for unit in _UNITS)
     match = re.fullmatch(pattern, text.strip())
     if match is None or not any(match.groups()):
@@ -684,7 +684,7 @@ def _retry_delay(value: RetryDelay) -> Callable[[int, str], int]:
 
 
 def _doubling(low: int, high: int, retry: int, text: str) -> int:
-    """Doubles from `low` to `high`; spread over the upper half, so that what failed together doesn't return together."""
+    """Doubles from `low` to `high`; spread over the upper half: what failed together shouldn't return together."""
     top = min(low << min(retry - 1, 40), high)
     return top // 2 + _spread(text, top - top // 2 + 1)
 
@@ -732,7 +732,6 @@ class Run(Generic[R_co]):
         state: what this process last learned.
         args, kwargs: the arguments the function gets, without dependencies.
         key: what was passed as `key=`, else None.
-        token: fencing token; grows with every attempt that is started, on whichever instance.
         error: the last failure as one line, such as "ValueError: no such user", else None.
         reason: why the run was cancelled, skipped or cut short, else None.
     """
@@ -767,6 +766,7 @@ class Run(Generic[R_co]):
 
     @property
     def token(self) -> int:
+        """Fencing token: grows with every attempt that is started. In one process it is the attempt's number."""
         return self.attempt
 
     @property
@@ -1203,7 +1203,7 @@ def _retryable(retry_on: RetryOn) -> Callable[[BaseException], bool]:
 
 
 def _is_async(function: Factory) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def _check_function(function: object) -> None:
@@ -1399,10 +1399,64 @@ def _arguments(payload: str) -> tuple[tuple[object, ...], Mapping[str, object]]:
 
 
 # 8 Store --------------------------------------------------------------------------------------------------------------
-# What the engine needs of a store that several processes share. Instants and durations are whole milliseconds.
+# What the engine needs of a store that several processes share. Instants and durations are whole milliseconds, `now` is
+# the store's clock. Every verb is atomic, takes many at once, and is safe to repeat when a reply was lost.
 
 
-class Store(Protocol): ...
+class Claimed(NamedTuple):
+    """A run as its new owner gets it; `args` is the JSON that was pushed, "" for a tick."""
+
+    id: str
+    job: str
+    at: int
+    args: str
+    tries: int
+    lost: int
+    token: int
+    cancel: bool
+
+
+class Store(Protocol):
+    """The verbs of a shared store. Losing a tick or a fenced write is a normal answer, not an error.
+
+    A store that can't be reached raises `StoreError`.
+    """
+
+    async def enlist(self, jobs: Mapping[str, tuple[str, int | None]]) -> tuple[int, Mapping[str, int]]:
+        """`{job: (schedule's text, tick before now where immediate)} -> now, {job: last tick handed out}`."""
+        ...
+
+    async def tick(
+        self, ticks: Sequence[tuple[str, int, int, int]]
+    ) -> Sequence[Literal["won", "skipped", "lost", "early"]]:
+        """`[(job, at, delay, limit of unfinished ticks)]`: hand each out to one instance, once."""
+        ...
+
+    async def push(self, calls: Sequence[tuple[str, str, int, str]]) -> Sequence[bool]:
+        """`[(id, job, delay, args)]`: durable calls; False where the id is taken."""
+        ...
+
+    async def claim(
+        self, owner: str, free: Mapping[str, int], lease: int
+    ) -> tuple[Sequence[Claimed], int | None, Sequence[str]]:
+        """Due runs of these jobs for this owner, when the next is due, and the ids of its runs to cancel."""
+        ...
+
+    async def beat(self, runs: Sequence[tuple[str, int]], lease: int) -> Mapping[str, bool]:
+        """`[(id, token)] -> {id: cancel}`: extend the leases; an id that is missing is lost."""
+        ...
+
+    async def settle(self, outcomes: Sequence[tuple[str, int, State, int, str]]) -> Sequence[bool]:
+        """`[(id, token, state, delay where scheduled again, result as JSON or error)]`; False where fenced off."""
+        ...
+
+    async def cancel(self, id: str) -> Literal["removed", "signalled", "gone"]:
+        """Finish a waiting run as cancelled, or flag a running one for its owner."""
+        ...
+
+    async def wait(self, timeout: int) -> None:
+        """Return early when something may be due, cancelled or finished; a hint."""
+        ...
 
 
 # 9 Engine -------------------------------------------------------------------------------------------------------------
@@ -1650,7 +1704,7 @@ class _Engine:
         self.stopping.set()
 
     async def close(self) -> None:
-        """Drain, and leave nothing behind. A cancel that comes meanwhile only ends the wait, and is raised at the end."""
+        """Drain, and leave nothing behind. A cancel that comes meanwhile ends the wait, and is raised at the end."""
         self._closing = True
         self.loop.call_soon(self._check_entered)
         if self._timer is not None:
@@ -1922,7 +1976,7 @@ class _Engine:
         if timer is not None:
             timer.cancel()
         run._took = self._mono() - begun
-        outcome = _SUCCESS if run.stop is error is None else _judge(run.stop, error, spec.timeout)
+        outcome = _SUCCESS if run.stop is None and error is None else _judge(run.stop, error, spec.timeout)
         if outcome.state is _FAILED:
             outcome = await self._after_failure(run, outcome)
         self._finish(run, outcome)
@@ -1941,7 +1995,7 @@ class _Engine:
                 made = await _Resolver(stack, self._registry.overrides, self._app.get).fill(spec.plan.needs, given)
                 kwargs = {**run.kwargs, **made}
                 if spec.is_async:
-                    return await cast(Awaitable[object], spec.function(*run.args, **kwargs))
+                    return await spec.function(*run.args, **kwargs)
                 return await self._call_plain(run, spec, kwargs)
             except BaseException as error:
                 failure = error
@@ -1949,11 +2003,10 @@ class _Engine:
         raise failure  # a factory swallowed what was raised at its yield; the attempt has failed all the same
 
     async def _call_plain(self, run: _Live, spec: _Spec, kwargs: Mapping[str, object]) -> object:
-        call = functools.partial(spec.function, *run.args, **kwargs)
-        if self._clock.virtual:
-            value = call()
-        else:
-            value = (await self._thread_end(self._in_thread(call, spec.name)))()
+        call: Callable[[], object] = functools.partial(spec.function, *run.args, **kwargs)
+        if not self._clock.virtual:
+            call = await self._thread_end(self._in_thread(call, spec.name))
+        value = call()
         return await value if inspect.isawaitable(value) else value
 
     async def _thread_end(self, future: asyncio.Future[Callable[[], object]]) -> Callable[[], object]:
@@ -2462,7 +2515,7 @@ class Registry:
         """Run the jobs until cancelled (then it drains and raises `CancelledError`), SIGINT or SIGTERM (then returns).
 
         Args:
-            store: …
+            store: reserved for shared stores; this version has the memory of one process only, so leave it out.
             jobs: names of the jobs that this instance executes. Default: all.
             drain: at the end, how long to wait for the runs that are going. Then they are cancelled and given 5 s
                 more; what would not stop is named in the log. A second signal or cancel ends the wait. Default: 20 s.

@@ -1,0 +1,1375 @@
+"""The tests of bgjob, in the order of its rooms; a test's docstring is the rule it guards."""
+
+import ast
+import asyncio
+import calendar
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zoneinfo
+from collections.abc import Iterator
+from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
+from itertools import islice, takewhile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bgjob
+from bgjob import (
+    BgjobError,
+    Depends,
+    Registry,
+    Run,
+    RunCancelled,
+    RunFailed,
+    ScheduleError,
+    State,
+    _count,
+    _Cron,
+    _duration,
+    _Every,
+    _newest,
+    _retry_delay,
+    _spread,
+    _verdict,
+    _zone,
+    current_run,
+)
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MINUTE, HOUR, DAY = 60_000, 3_600_000, 86_400_000
+
+
+def at(*parts: int, zone: str = "UTC", fold: int = 0) -> int:
+    """The instant of a reading, in milliseconds."""
+    return (datetime(*parts, tzinfo=zoneinfo.ZoneInfo(zone), fold=fold) - EPOCH) // timedelta(milliseconds=1)
+
+
+def upto(last: int, found: Iterator[int]) -> list[int]:
+    return [*takewhile(lambda tick: tick <= last, found)]
+
+
+def shown(instant: int, zone: tzinfo) -> str:
+    return (EPOCH + timedelta(milliseconds=instant)).astimezone(zone).strftime("%d %H:%M:%S %z").replace(":00 ", " ")
+
+
+def ticks(text: str, zone: str, after: int, until: int) -> list[str]:
+    """Ticks of a cron text as "day time offset", seconds only where there are some."""
+    cron = _Cron(text, _zone(zone))
+    return [shown(tick, cron.zone) for tick in upto(until, cron.ticks(after))]
+
+
+def first(text: str, number: int, after: int = at(2025, 1, 1)) -> list[str]:
+    """The first ticks in UTC after the start of 2025, as dates and times."""
+    found = islice(_Cron(text, UTC).ticks(after), number)
+    return [f"{EPOCH + timedelta(milliseconds=tick):%m-%d %H:%M}" for tick in found]
+
+
+def same(one: str, other: str) -> bool:
+    start = at(2023, 12, 31, 23)
+    return [*islice(_Cron(one, UTC).ticks(start), 40)] == [*islice(_Cron(other, UTC).ticks(start), 40)]
+
+
+class TestZones:
+    def test_nothing_is_imported_before_it_is_needed(self) -> None:
+        """Neither croniter nor zoneinfo is imported with the module, nor for "UTC" and "local"."""
+        code = (
+            "import bgjob, sys; bgjob._zone('UTC'); bgjob._zone('local'); bgjob._Every(5);"
+            "sys.exit(bool({'croniter', 'zoneinfo'} & set(sys.modules)))"
+        )
+        assert subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(__file__)).returncode == 0
+
+    def test_names_and_zones(self) -> None:
+        """ "UTC" is datetime's own, other names are zoneinfo's, a tzinfo is taken as it is."""
+        assert _zone("UTC") is UTC
+        assert _zone("Europe/Rome") is zoneinfo.ZoneInfo("Europe/Rome")
+        offset = timezone(timedelta(hours=2))
+        assert _zone(offset) is offset
+
+    def test_unfinished_tzinfo(self) -> None:
+        """A tzinfo that can't tell the time is refused at once, by its own error."""
+
+        class Unfinished(tzinfo):
+            def utcoffset(self, when: datetime | None) -> timedelta:
+                return timedelta(hours=1)
+
+        with pytest.raises(NotImplementedError):
+            _zone(Unfinished())
+
+    def test_pytz_zones_are_taken_by_name(self) -> None:
+        """A pytz zone doesn't know fold, so its namesake of zoneinfo is used."""
+
+        class Pytz(tzinfo):
+            localize = None
+
+            def __str__(self) -> str:
+                return "Europe/Rome"
+
+        assert _zone(Pytz()) is zoneinfo.ZoneInfo("Europe/Rome")
+
+    @pytest.mark.parametrize(
+        ("tz", "message"),
+        [
+            ("Europe/Roma", "tz='Europe/Roma': unknown time zone; did you mean 'Europe/Rome'?"),
+            ("europe/rome", "tz='europe/rome': unknown time zone; did you mean 'Europe/Rome'?"),
+            ("utc", "tz='utc': unknown time zone; did you mean 'UTC'?"),
+            ("", "tz='': unknown time zone; use an IANA name such as 'Europe/Rome', 'local' or a tzinfo"),
+            ("/etc/x", "tz='/etc/x': unknown time zone; use an IANA name such as 'Europe/Rome', 'local' or a tzinfo"),
+            (
+                "../x\0",
+                "tz='../x\\x00': unknown time zone; use an IANA name such as 'Europe/Rome', 'local' or a tzinfo",
+            ),
+            (5, "tz=5: must be an IANA name such as 'Europe/Rome', 'local' or a tzinfo"),
+            (None, "tz=None: must be an IANA name such as 'Europe/Rome', 'local' or a tzinfo"),
+        ],
+    )
+    def test_messages(self, tz: object, message: str) -> None:
+        """A zone that isn't there is refused with the value seen and a remedy."""
+        with pytest.raises(ScheduleError) as caught:
+            _zone(tz)
+        assert str(caught.value) == message
+
+    @pytest.mark.parametrize("tz", ["Europe", "x" * 5000, "Europe/Rome/x", "\ud800"])
+    def test_no_other_error(self, tz: str) -> None:
+        """A folder, an endless name, a lone surrogate are errors of the schedule too."""
+        with pytest.raises(ScheduleError):
+            _zone(tz)
+
+    def test_without_a_zone_database(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where there is no zone database, the message says what to install."""
+        monkeypatch.setattr(zoneinfo, "available_timezones", set)
+        with pytest.raises(ScheduleError, match=r"^tz='No/Where': there is no zone database here; pip install tzdata$"):
+            _zone("No/Where")
+
+    @pytest.mark.skipif(not hasattr(time, "tzset"), reason="this system can't change its zone within a process")
+    @pytest.mark.parametrize("name", ["Europe/Rome", "Australia/Lord_Howe", "America/Santiago", "Europe/Dublin"])
+    def test_local_reads_as_the_machine(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """ "local" maps like the named zone in both directions, in gaps and overlaps too."""
+        monkeypatch.setenv("TZ", name)
+        time.tzset()
+        try:
+            local, named = _zone("local"), zoneinfo.ZoneInfo(name)
+            assert repr(local) == str(local) == "local"
+            assert local.utcoffset(None) is local.dst(None) is None
+            for instant in (EPOCH + timedelta(minutes=10 * n) for n in range(2_895_000, 2_948_000, 9)):
+                ours, theirs = instant.astimezone(local), instant.astimezone(named)
+                assert ours.replace(tzinfo=None) == theirs.replace(tzinfo=None)
+                assert ours.fold == theirs.fold
+                assert ours.tzname() == theirs.tzname()
+                for fold in (0, 1):
+                    wall = ours.replace(tzinfo=None, fold=fold)
+                    moved = wall + timedelta(hours=1)
+                    assert wall.replace(tzinfo=local).utcoffset() == wall.replace(tzinfo=named).utcoffset()
+                    assert moved.replace(tzinfo=local).utcoffset() == moved.replace(tzinfo=named).utcoffset()
+            for text, start in [("30 2 * * *", 1), ("15 0,1 * * *", 1), ("*/30 * * * *", 4), ("*/30 * * * *", 10)]:
+                here = islice(_Cron(text, local).ticks(at(2025, start, 1)), 600)
+                assert [*here] == [*islice(_Cron(text, named).ticks(at(2025, start, 1)), 600)]
+        finally:
+            monkeypatch.undo()
+            time.tzset()
+
+
+ALIASES = "@yearly @annually @monthly @weekly @daily @midnight @hourly"
+LAYOUT = (
+    "must be 5 fields (minute, hour, day of month, month, day of week), 6 with seconds first, or an alias like @daily"
+)
+MESSAGES = {
+    "61 * * * *": "minute must be 0-59, got 61",
+    "60 * * * * *": "second must be 0-59, got 60",
+    "* 24 * * *": "hour must be 0-23, got 24",
+    "* * 0 * *": "day of month must be 1-31, got 0",
+    "* * 32 * *": "day of month must be 1-31, got 32",
+    "* * * 13 *": "month must be 1-12 or JAN-DEC, got 13",
+    "* * * foo *": "month must be 1-12 or JAN-DEC, got 'FOO'",
+    "* * * * 8": "day of week must be 0-7 or SUN-SAT, got 8",
+    "* * * * MONDAY": "day of week must be 0-7 or SUN-SAT, got 'MONDAY'",
+    "* * * * L": "day of week must be 0-7 or SUN-SAT, got 'L'",
+    "MON * * * *": "minute must be 0-59, got 'MON'",
+    "? * * * *": "minute must be 0-59, got '?'",
+    "-1 * * * *": "minute must be 0-59, got '-1'",
+    "5- * * * *": "minute must be 0-59, got '5-'",
+    "5-61 * * * *": "minute must be 0-59, got 61",
+    "1.5 * * * *": "minute must be 0-59, got '1.5'",
+    "1-2-3 * * * *": "minute must be 0-59, got '1-2-3'",
+    "*-5 * * * *": "minute must be 0-59, got '*-5'",
+    "** * * * *": "minute must be 0-59, got '**'",
+    "1_0 * * * *": "minute must be 0-59, got '1_0'",
+    "*/61 * * * *": "step of minute must be 1-60, got 61",
+    "*/0 * * * *": "step of minute must be 1-60, got 0",
+    "*/ * * * *": "step of minute must be 1-60, got '*/'",
+    "*/2/3 * * * *": "step of minute must be 1-60, got '*/2/3'",
+    "* */25 * * *": "step of hour must be 1-24, got 25",
+    "* * * * */8": "step of day of week must be 1-7, got 8",
+    "1,,2 * * * *": "minute has an empty item in '1,,2'; remove the comma",
+    "1,2, * * * *": "minute has an empty item in '1,2,'; remove the comma",
+    "R * * * *": "random fields (R) are another schedule in each instance; name the value and use jitter=; got 'R'",
+    "R(0-9)/2 * * * *": "random fields (R) are another schedule in each instance; name the value and use jitter=;"
+    " got 'R(0-9)/2'",
+    "* 1,h * * *": "hashed fields (H) are not supported; name the value and use jitter=; got '1,H'",
+    "* * * * MON#6": "day of week takes #1 to #5, got 'MON#6'",
+    "* * * * MON#": "day of week takes #1 to #5, got 'MON#'",
+    "* * * * MON-FRI#1": "day of week must be 0-7 or SUN-SAT, got 'MON-FRI#1'",
+    "* * W * *": "day of month must be 1-31, got 'W'",
+    "* * L-3 * *": "day of month must be 1-31, got 'L-3'",
+    "* * 31W * *": "day of month 31W does not exist in every month; use LW for the last working day",
+    "* * 29W 2 *": "day of month 29W does not exist in every month; use LW for the last working day",
+    "* * 1W,15W * *": "'1W,15W' or '*' mixes #, L or W with others; stack a @job for each",
+    "* * * * MON#1,FRI": "'*' or 'MON#1,FRI' mixes #, L or W with others; stack a @job for each",
+    "* * 1 * MON#1": "'1' and 'MON#1' can't be either-or with #, L or W; stack a @job for each",
+    "* * 15W * MON": "'15W' and 'MON' can't be either-or with #, L or W; stack a @job for each",
+    "* * L * 5L": "'L' and '5L' can't be either-or with #, L or W; stack a @job for each",
+    "0 0 30 2 *": "never matches: none of its months has such a day; L is the last one",
+    "0 0 31 4,6,9,11 *": "never matches: none of its months has such a day; L is the last one",
+    "0 0 */30 * MON#2": "never matches: none of its months has such a day; L is the last one",
+    "": f"{LAYOUT}; got 0",
+    "* * * *": f"{LAYOUT}; got 4",
+    "* * * * * * *": f"{LAYOUT}; got 7, and a year field is not supported",
+    "* * * * * * * *": f"{LAYOUT}; got 8",
+    "@reboot": "@reboot is no schedule; use immediate=True with a schedule, or after='1s' alone",
+    "@every 5m": "@every is spelled every= here, as in every='5m'",
+    "@fortnightly": f"must be one of {ALIASES}, alone, or 5 or 6 fields",
+    "@daily 5": f"must be one of {ALIASES}, alone, or 5 or 6 fields",
+    "\u0665 * * * *": "must be plain ASCII of at most 1000 characters, such as '*/5 * * * *'",
+    "*\u00a0* * * *": "must be plain ASCII of at most 1000 characters, such as '*/5 * * * *'",
+    5: "must be text such as '*/5 * * * *'",
+    None: "must be text such as '*/5 * * * *'",
+}
+
+
+class TestCronParsing:
+    @pytest.mark.parametrize("text", MESSAGES)
+    def test_messages(self, text: object) -> None:
+        """What can't be read, or would be read wrongly, is refused with the value seen and a remedy."""
+        with pytest.raises(ScheduleError) as caught:
+            _Cron(text, UTC)  # type: ignore[arg-type]
+        assert str(caught.value) == f"cron={text!r}: {MESSAGES[text]}"
+
+    def test_huge_text(self) -> None:
+        """A text of any length is refused at once and not repeated in the message."""
+        begin = time.perf_counter()
+        with pytest.raises(ScheduleError) as caught:
+            _Cron("1," * 5_000_000, UTC)
+        assert len(str(caught.value)) < 300
+        assert time.perf_counter() - begin < 1
+        with pytest.raises(ScheduleError, match=r"minute must be 0-59, got 9{40}$"):
+            _Cron("9" * 900 + " * * * *", UTC)
+
+    def test_without_croniter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A copied file without croniter says what to install."""
+        monkeypatch.setitem(sys.modules, "croniter", None)
+        with pytest.raises(ScheduleError) as caught:
+            _Cron("* * * * *", UTC)
+        assert str(caught.value) == "cron='* * * * *': needs croniter; pip install croniter"
+        assert isinstance(caught.value.__cause__, ImportError)
+
+    @pytest.mark.parametrize(
+        ("text", "meaning"),
+        [
+            ("@yearly", "0 0 1 1 *"),
+            ("@annually", "0 0 1 1 *"),
+            ("@monthly", "0 0 1 * *"),
+            ("@weekly", "0 0 * * 0"),
+            ("@daily", "0 0 * * *"),
+            ("@Midnight", "0 0 * * *"),
+            ("@HOURLY", "0 * * * *"),
+            ("  0\t0  * * *\n", "0 0 * * *"),
+            ("0 0 0 * * *", "0 0 * * *"),
+            ("05 007 * * *", "5 7 * * *"),
+            ("0 0 * jan-Mar *", "0 0 * 1,2,3 *"),
+            ("0 0 * * Mon,wed,FRI", "0 0 * * 1,3,5"),
+            ("0 0 ? * MON", "0 0 * * 1"),
+            ("0 0 1 * ?", "0 0 1 * *"),
+            ("0 0 * * 7", "0 0 * * 0"),
+            ("0 0 * * 5-7", "0 0 * * 5,6,0"),
+            ("0 0 * * 0-7", "0 0 * * *"),
+            ("0 0 * * 1-7/2", "0 0 * * 1,3,5,0"),
+            ("0 0 * * SAT-SUN", "0 0 * * 6,0"),
+            ("0 0 * * FRI-SUN", "0 0 * * 5,6,0"),
+            ("0 0 * * FRI-MON", "0 0 * * 5,6,0,1"),
+            ("0 0 * * 7-2", "0 0 * * 0,1,2"),
+            ("0 0 * * 7-0", "0 0 * * 0"),
+            ("0 0 * * */7", "0 0 * * 0"),
+            ("0 7-7 * * *", "0 7 * * *"),
+            ("0 0 * * MON-MON", "0 0 * * 1"),
+            ("30-30/5 * * * *", "30 * * * *"),
+            ("0 0 * 3-3 *", "0 0 * 3 *"),
+            ("0 22-2 * * *", "0 22,23,0,1,2 * * *"),
+            ("0 17-9/2 * * *", "0 17,19,21,23,1,3,5,7,9 * * *"),
+            ("0 0 25-5/3 * *", "0 0 25,28,31,3 * *"),
+            ("0 0 1 NOV-FEB *", "0 0 1 11,12,1,2 *"),
+            ("5/15 * * * *", "5,20,35,50 * * * *"),
+            ("59/15 * * * *", "59 * * * *"),
+            ("0 0 * * 7/2", "0 0 * * 0,2,4,6"),
+            ("0 0 * * MON/2", "0 0 * * 1,3,5"),
+            ("*/60 * * * *", "0 * * * *"),
+            ("0 0 1-31 * MON", "0 0 * * *"),
+            ("0 0 1 * 0-6", "0 0 * * *"),
+            ("0 0 30,31 2 MON", "0 0 * 2 1"),
+            ("0 0 * * 5l", "0 0 * * FRIL"),
+        ],
+    )
+    def test_spellings(self, text: str, meaning: str) -> None:
+        """Each spelling means its plain list of numbers."""
+        assert same(text, meaning)
+
+    @pytest.mark.parametrize(
+        ("text", "dates"),
+        [
+            ("0 0 13 * FRI", "01-03 01-10 01-13 01-17"),
+            ("0 0 */2 * MON", "01-13 01-27 02-03 02-17"),
+            ("0 0 1-7 * */7", "01-05 02-02 03-02 04-06"),
+            ("0 0 L * *", "01-31 02-28 03-31 04-30"),
+            ("0 0 15,L 2-3 *", "02-15 02-28 03-15 03-31"),
+            ("0 0 L * FRI", "01-03 01-10 01-17 01-24 01-31 02-07 02-14 02-21 02-28 03-07 03-14 03-21 03-28 03-31"),
+            ("0 0 2-31,L 2-3 *", "02-02 02-03"),
+            ("0 0 LW * *", "01-31 02-28 03-31 04-30 05-30"),
+            ("0 0 1W * *", "02-03 03-03 04-01"),
+            ("0 0 15W * *", "01-15 02-14 03-14 04-15 05-15 06-16"),
+            ("0 0 31W 5,8 *", "05-30 08-29"),
+            ("0 0 * * FRIL", "01-31 02-28 03-28"),
+            ("0 0 * * MON#1,WED#3", "01-06 01-15 02-03 02-19"),
+            ("0 0 * * 7#5", "03-30 06-29 08-31"),
+            ("0 0 * * 1L,7#1", "01-05 01-27 02-02 02-24"),
+            ("0 0 */2 * MON#2", "01-13 06-09"),
+        ],
+    )
+    def test_days(self, text: str, dates: str) -> None:
+        """Both days restricted: either is enough; if one starts with a star, both must match."""
+        wanted = dates.split()
+        assert all(map(str.startswith, first(text, len(wanted)), wanted)), first(text, len(wanted))
+
+    @pytest.mark.parametrize(
+        ("text", "wild"),
+        [
+            ("* * * * *", True),
+            ("*/15,7 2 * * *", True),
+            ("0 */2 * * *", True),
+            ("@hourly", True),
+            ("7,*/15 2 * * *", False),
+            ("0-59 0-23 * * *", False),
+            ("0 2 * * *", False),
+            ("@daily", False),
+            ("*/10 0 2 * * *", False),
+            ("0 * 2 * * *", True),
+        ],
+    )
+    def test_wild(self, text: str, wild: bool) -> None:
+        """A schedule is wild when its minute or hour starts with a star; seconds don't count."""
+        assert _Cron(text, UTC).wild is wild
+
+
+class TestCronIteration:
+    def test_strictly_after(self) -> None:
+        """A tick at `after` itself isn't listed, one a millisecond later is."""
+        cron, tick = _Cron("*/5 * * * *", UTC), at(2025, 1, 1)
+        assert next(cron.ticks(tick)) == tick + 5 * MINUTE
+        assert next(cron.ticks(tick - 1)) == tick
+        assert next(_Cron("* * * * * *", UTC).ticks(tick + 999)) == tick + 1000
+
+    def test_iterators_are_independent(self) -> None:
+        """Iterators of one schedule don't disturb each other, wherever they are."""
+        cron = _Cron("*/20 * * * *", _zone("Europe/Rome"))
+        one, two = cron.ticks(0), cron.ticks(at(2025, 1, 1))
+        mixed = [next(iterator) for _ in range(50) for iterator in (one, two)]
+        assert mixed[::2] == [*islice(cron.ticks(0), 50)]
+        assert mixed[1::2] == [*islice(cron.ticks(at(2025, 1, 1)), 50)]
+
+    def test_parsed_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A new iterator doesn't parse the text again."""
+        import croniter
+
+        cron = _Cron("*/5 * * * *", UTC)
+        monkeypatch.setattr(croniter.croniter, "__init__", None)
+        monkeypatch.setattr(croniter.croniter, "_expand", None)
+        assert next(cron.ticks(0)) == 5 * MINUTE
+
+    @pytest.mark.parametrize("text", ["* * * * *", "30 2 * * *", "0 0 29 2 *", "*/7 * * * * *"])
+    @pytest.mark.parametrize("zone", ["UTC", "Europe/Rome", "Pacific/Apia", "Africa/Monrovia", "Asia/Manila"])
+    @pytest.mark.parametrize("after", [-(10**30), at(1, 1, 1), at(1, 6, 1), at(1844, 12, 30), at(1900, 1, 1), -1])
+    def test_far_past(self, text: str, zone: str, after: int) -> None:
+        """Ticks go on from any instant of the past, through the odd offsets of local mean time."""
+        found = [*islice(_Cron(text, _zone(zone)).ticks(after), 50)]
+        assert len(found) == 50
+        assert found == sorted({*found})
+        assert found[0] > after
+
+    @pytest.mark.parametrize("year", [1600, 1900, 1969, 2025, 2400, 2900, 9000])
+    def test_croniter_starts_within_four_centuries(self, year: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """croniter is never started before 1970, which it can't on Windows; the days are right all the same."""
+        import croniter
+
+        starts, begin = [], croniter.croniter.set_current
+
+        def set_current(self: object, start_time: datetime, force: bool = True) -> object:
+            starts.append(start_time)
+            return begin(self, start_time, force)
+
+        cron = _Cron("0 0 29 2 *", UTC)
+        monkeypatch.setattr(croniter.croniter, "set_current", set_current)
+        leap = next(leap for leap in range(year, year + 9) if calendar.isleap(leap))
+        assert next(cron.ticks(at(year, 1, 1))) == at(leap, 2, 29)
+        assert 2000 <= starts[0].year < 2400
+
+    @pytest.mark.parametrize("zone", ["UTC", "local", "Europe/Rome", "Pacific/Apia", "America/New_York"])
+    @pytest.mark.parametrize("text", ["0 * * * *", "0 5 * * *", "0 0 29 2 *", "0 0 1 * MON"])
+    @pytest.mark.parametrize("after", [at(9999, 12, 29), at(9999, 12, 31, 23, 59, 59), at(9999, 10, 1), 10**15, 10**40])
+    def test_the_end(self, zone: str, text: str, after: int) -> None:
+        """Where the calendar ends, the ticks do, without an error."""
+        found = [*islice(_Cron(text, _zone(zone)).ticks(after), 50_000)]
+        assert found == sorted({*found})
+        assert all(tick > after for tick in found)
+
+    def test_rare(self) -> None:
+        """Forty years without a tick are no end: 29 February on a Sunday, across the year 2100."""
+        found = islice(_Cron("0 0 29 2 */7", UTC).ticks(at(2080, 1, 1)), 3)
+        assert [(EPOCH + timedelta(milliseconds=tick)).year for tick in found] == [2088, 2128, 2156]
+
+
+CHANGES = [  # zone, instant after which, and until which, in UTC, text, ticks
+    # Rome in 2025, the table of DESIGN
+    ("Europe/Rome", (3, 30, 0), (3, 31, 0, 45), "30 2 * * *", "30 03:00 +0200, 31 02:30 +0200"),
+    ("Europe/Rome", (3, 30, 0, 31), (3, 30, 1, 20), "*/15 * * * *", "30 01:45 +0100, 30 03:00 +0200, 30 03:15 +0200"),
+    ("Europe/Rome", (3, 30, 0), (3, 30, 2), "30 * * * *", "30 01:30 +0100, 30 03:30 +0200"),
+    ("Europe/Rome", (3, 30, 0), (3, 30, 3), "30 2-4 * * *", "30 03:00 +0200, 30 03:30 +0200, 30 04:30 +0200"),
+    ("Europe/Rome", (10, 25, 22), (10, 26, 4), "30 2 * * *", "26 02:30 +0200"),
+    (
+        "Europe/Rome",
+        (10, 26, 0, 10),
+        (10, 26, 2, 0),
+        "*/15 * * * *",
+        "26 02:15 +0200, 26 02:30 +0200, 26 02:45 +0200, 26 02:00 +0100, 26 02:15 +0100, 26 02:30 +0100,"
+        " 26 02:45 +0100, 26 03:00 +0100",
+    ),
+    ("Europe/Rome", (10, 26, 0), (10, 26, 2), "30 * * * *", "26 02:30 +0200, 26 02:30 +0100"),
+    ("Europe/Rome", (10, 26, 0), (10, 26, 4), "30 2-4 * * *", "26 02:30 +0200, 26 03:30 +0100, 26 04:30 +0100"),
+    # one tick, where several readings are jumped over, and where the moved one meets another
+    ("Europe/Rome", (3, 30, 0), (3, 30, 1, 15), "0-59/10 2,3 * * *", "30 03:00 +0200, 30 03:10 +0200"),
+    # begun days before
+    (
+        "Europe/Rome",
+        (10, 24, 12),
+        (10, 27, 0),
+        "*/30 2 * * *",
+        "25 02:00 +0200, 25 02:30 +0200, 26 02:00 +0200, 26 02:30 +0200, 26 02:00 +0100, 26 02:30 +0100",
+    ),
+    # begun within the first pass, and within the second
+    ("Europe/Rome", (10, 26, 0, 40), (10, 26, 1, 20), "*/20 * * * *", "26 02:00 +0100, 26 02:20 +0100"),
+    ("Europe/Rome", (10, 26, 1, 10), (10, 26, 1, 40), "*/20 * * * *", "26 02:20 +0100, 26 02:40 +0100"),
+    ("Europe/Rome", (10, 26, 1, 10), (10, 27, 2), "50 2 * * *", "27 02:50 +0100"),
+    # seconds with a star and a fixed hour are fixed
+    ("Europe/Rome", (3, 30, 0), (3, 30, 4), "*/20 30 2 * * *", "30 03:00 +0200"),
+    (
+        "Europe/Rome",
+        (10, 26, 0),
+        (10, 26, 4),
+        "*/20 30 2 * * *",
+        "26 02:30 +0200, 26 02:30:20 +0200, 26 02:30:40 +0200",
+    ),
+    # wild, and all its readings in the gap
+    ("Europe/Rome", (3, 30, 0), (3, 31, 1), "*/30 2 * * *", "31 02:00 +0200, 31 02:30 +0200"),
+    # half an hour
+    ("Australia/Lord_Howe", (10, 4, 15), (10, 5, 0), "15 2 * * *", "05 02:30 +1100"),
+    (
+        "Australia/Lord_Howe",
+        (10, 4, 15),
+        (10, 4, 16),
+        "*/15 * * * *",
+        "05 01:45 +1030, 05 02:30 +1100, 05 02:45 +1100, 05 03:00 +1100",
+    ),
+    ("Australia/Lord_Howe", (4, 5, 13), (4, 6, 3), "45 1 * * *", "06 01:45 +1100"),
+    (
+        "Australia/Lord_Howe",
+        (4, 5, 13),
+        (4, 5, 17),
+        "45 * * * *",
+        "06 00:45 +1100, 06 01:45 +1100, 06 01:45 +1030, 06 02:45 +1030",
+    ),
+    # at midnight
+    ("America/Santiago", (9, 6, 5), (9, 8, 4), "0 0 * * *", "07 01:00 -0300, 08 00:00 -0300"),
+    ("America/Santiago", (9, 7, 2), (9, 7, 5), "@hourly", "06 23:00 -0400, 07 01:00 -0300, 07 02:00 -0300"),
+    ("America/Santiago", (4, 5, 4), (4, 7, 4), "30 23 * * *", "05 23:30 -0300, 06 23:30 -0400"),
+    ("Asia/Beirut", (3, 29, 0), (3, 30, 22), "0 0 * * *", "30 01:00 +0300, 31 00:00 +0300"),
+    ("America/Havana", (3, 8, 12), (3, 10, 12), "30 0 * * *", "09 01:00 -0400, 10 00:30 -0400"),
+    ("America/Havana", (11, 1, 12), (11, 2, 12), "30 0 * * *", "02 00:30 -0400"),
+    ("Africa/Cairo", (4, 24, 0), (4, 25, 22), "0 0 * * FRI", "25 01:00 +0300"),
+    (
+        "Africa/Cairo",
+        (10, 30, 0),
+        (10, 31, 0),
+        "*/30 23 * * *",
+        "30 23:00 +0300, 30 23:30 +0300, 30 23:00 +0200, 30 23:30 +0200",
+    ),
+    # negative daylight saving
+    ("Europe/Dublin", (3, 30, 0), (3, 30, 4), "30 1 * * *", "30 02:00 +0100"),
+    ("Europe/Dublin", (10, 25, 23), (10, 26, 4), "30 1 * * *", "26 01:30 +0100"),
+    ("Africa/Casablanca", (2, 23, 0), (2, 23, 4), "30 2 * * *", "23 02:30 +0100"),
+    ("Africa/Casablanca", (4, 6, 0), (4, 6, 4), "30 2 * * *", "06 03:00 +0100"),
+    # two hours
+    ("Antarctica/Troll", (3, 30, 0), (3, 30, 4), "30 1-4 * * *", "30 03:00 +0200, 30 03:30 +0200, 30 04:30 +0200"),
+]
+OTHER_YEARS = [
+    # a lost day isn't made up for, a gap of three hours is
+    ("Pacific/Apia", (2011, 12, 29, 11), (2011, 12, 31, 11), "0 12 * * *", "29 12:00 -1000, 31 12:00 +1400"),
+    (
+        "Pacific/Apia",
+        (2011, 12, 30, 8),
+        (2011, 12, 30, 11),
+        "@hourly",
+        "29 23:00 -1000, 31 00:00 +1400, 31 01:00 +1400",
+    ),
+    ("Antarctica/Casey", (2009, 10, 17, 16), (2009, 10, 17, 20), "30 0 * * *", "18 00:30 +0800"),
+    ("Antarctica/Casey", (2009, 10, 17, 17), (2009, 10, 18, 1), "30 3 * * *", "18 05:00 +1100"),
+    # plain changes of the offset
+    ("Asia/Pyongyang", (2018, 5, 4, 12), (2018, 5, 5, 0), "45 23 * * *", "05 00:00 +0900"),
+    ("Asia/Pyongyang", (2015, 8, 14, 12), (2015, 8, 15, 0), "45 23 * * *", "14 23:45 +0900"),
+    ("America/Caracas", (2016, 5, 1, 0), (2016, 5, 1, 12), "45 2 * * *", "01 03:00 -0400"),
+    # an offset with seconds
+    ("Africa/Monrovia", (1972, 1, 6, 12), (1972, 1, 7, 12), "20 0 * * *", "07 00:44:30 +0000"),
+]
+
+
+class TestDaylightSaving:
+    @pytest.mark.parametrize(
+        ("zone", "after", "until", "text", "wanted"),
+        [(zone, (2025, *after), (2025, *until), text, wanted) for zone, after, until, text, wanted in CHANGES]
+        + OTHER_YEARS,
+    )
+    def test_table(self, zone: str, after: tuple[int], until: tuple[int], text: str, wanted: str) -> None:
+        """Fixed: once, at the first of two or right after a jump of at most three hours; wild: whatever reads so."""
+        assert ", ".join(ticks(text, zone, at(*after), at(*until))) == wanted
+
+
+# The oracle: steps real instants, reads them in zoneinfo, knows no cron library ---------------------------------------
+
+NAMES = {name.upper(): n for names in (calendar.month_abbr, calendar.day_abbr) for n, name in enumerate(names)}
+NAMES.update(SUN=0, MON=1, TUE=2, WED=3, THU=4, FRI=5, SAT=6)
+CYCLES = [range(60), range(60), range(24), range(1, 32), range(1, 13), range(7)]
+
+
+def number(text: str) -> int:
+    return NAMES[text.upper()] if text.upper() in NAMES else int(text)
+
+
+def expand(cycle: range, text: str) -> set[int]:
+    """Values of a field, found by walking round from the start to the end and taking every step-th."""
+    found = set()
+    for item in text.split(","):
+        span, _, step = item.partition("/")
+        start, end = (span.split("-") * 2)[:2] if "*" not in span else (str(cycle[0]), str(cycle[-1]))
+        first = position = number(start) % 7 if len(cycle) == 7 else number(start)
+        full = len(cycle) == 7 and number(start) < 7 <= number(end)  # 0-7 is the whole week
+        last = number(end) % 7 if len(cycle) == 7 else number(end)
+        if step and span not in ("*",) and "-" not in span:
+            last = cycle[-1]
+        taken = 0
+        while True:
+            if taken % int(step or 1) == 0:
+                found.add(position)
+            if position == last and not (full and last == first and taken == 0):
+                break
+            taken += 1
+            position = cycle[0] if position == cycle[-1] else position + 1
+    return found
+
+
+def month_length(day: date) -> int:
+    return calendar.monthrange(day.year, day.month)[1]
+
+
+def is_day(item: str, day: date) -> bool:
+    item = item.upper()
+    if item == "L":
+        return day.day == month_length(day)
+    if item == "LW":
+        return day == max(d for n in range(1, month_length(day) + 1) if (d := day.replace(day=n)).weekday() < 5)
+    if item.endswith("W"):
+        working = [d for n in range(1, month_length(day) + 1) if (d := day.replace(day=n)).weekday() < 5]
+        return day == min(working, key=lambda d: abs(d.day - int(item[:-1])))
+    return day.day in expand(CYCLES[3], item)
+
+
+def is_weekday(item: str, day: date) -> bool:
+    item = item.upper()
+    weekday = day.isoweekday() % 7
+    if "#" in item:
+        name, nth = item.split("#")
+        return number(name) % 7 == weekday and (day.day + 6) // 7 == int(nth)
+    if item.endswith("L"):
+        return number(item[:-1]) % 7 == weekday and day.day + 7 > month_length(day)
+    return weekday in expand(CYCLES[5], item)
+
+
+class Oracle:
+    def __init__(self, text: str) -> None:
+        fields = text.split()
+        fields = fields if len(fields) == 6 else ["0", *fields]
+        self.second, self.minute, self.hour, _, self.month, _ = (
+            set() if n in (3, 5) else expand(CYCLES[n], fields[n]) for n in range(6)
+        )
+        self.day, self.weekday = fields[3].replace("?", "*"), fields[5].replace("?", "*")
+        self.wild = "*" in (fields[1][0], fields[2][0])
+
+    def on(self, day: date) -> bool:
+        if day.month not in self.month:
+            return False
+        both = is_day_list(self.day, day, is_day), is_day_list(self.weekday, day, is_weekday)
+        return all(both) if "*" in (self.day[0], self.weekday[0]) else any(both)
+
+    def fires(self, window: list[tuple[int, datetime]], step: timedelta) -> list[int]:
+        days = {}
+        found, seen, last = [], set(), window[0][1] - step
+
+        def match(wall: datetime) -> bool:
+            if wall.minute not in self.minute or wall.hour not in self.hour or wall.second not in self.second:
+                return False
+            if wall.date() not in days:
+                days[wall.date()] = self.on(wall.date())
+            return days[wall.date()]
+
+        for instant, wall in window:
+            jump = wall - last - step
+            late = timedelta(0) < jump <= timedelta(hours=3) and not self.wild
+            skipped = [last + step * n for n in range(1, jump // step + 1)] if late else []
+            if any(map(match, skipped)) or (match(wall) and (self.wild or wall not in seen)):
+                found.append(instant)
+            seen.add(wall)
+            last = wall
+        return found
+
+
+def is_day_list(text: str, day: date, test: object) -> bool:
+    return any(test(item, day) for item in text.split(","))  # type: ignore[operator]
+
+
+CLOCK_CHANGES = """
+    Europe/Rome 2025-03-30 2025-10-26, Europe/London 2024-03-31 2024-10-27, Europe/Dublin 2025-03-30 2025-10-26,
+    Europe/Lisbon 1996-10-27, Europe/Moscow 2011-03-27 2014-10-26, Europe/Istanbul 2015-11-08,
+    Europe/Chisinau 2021-03-28, America/New_York 2025-03-09 2025-11-02, America/St_Johns 2010-03-14 2010-11-07,
+    America/Santiago 2025-04-06 2025-09-07, America/Havana 2025-03-09 2025-11-02,
+    America/Sao_Paulo 2018-11-04 2018-02-18, America/Asuncion 2024-03-24, America/Caracas 2007-12-09 2016-05-01,
+    America/Nuuk 2024-03-31 2024-10-27, Africa/Cairo 2025-04-25 2025-10-30,
+    Africa/Casablanca 2025-02-23 2025-04-06, Africa/Monrovia 1972-01-07, Asia/Beirut 2025-03-30 2025-10-25,
+    Asia/Pyongyang 2015-08-14 2018-05-04, Asia/Kathmandu 1985-12-31, Asia/Tehran 2021-03-21 2021-09-21,
+    Asia/Gaza 2023-04-29 2023-10-28, Asia/Amman 2021-03-26, Asia/Vladivostok 2014-10-25, Asia/Kolkata 1942-08-31,
+    Australia/Lord_Howe 2025-04-06 2025-10-05, Australia/Sydney 2025-04-06 2025-10-05, Pacific/Auckland 2025-04-06,
+    Pacific/Chatham 2025-04-06 2025-09-28, Antarctica/Troll 2025-03-30 2025-10-26,
+    Antarctica/Casey 2009-10-17 2010-03-04, Pacific/Apia 2011-12-30, Pacific/Fakaofo 2011-12-30,
+    Pacific/Kwajalein 1969-09-30 1993-08-21, Pacific/Kiritimati 1994-12-31
+"""
+
+
+def changes() -> list[tuple[str, int, int]]:
+    """Zone, instant of the change, and by how many milliseconds the clock jumps there."""
+    found = []
+    for line in CLOCK_CHANGES.split(","):
+        name, *days = line.split()
+        zone = zoneinfo.ZoneInfo(name)
+        for day in days:
+            noon = datetime.fromisoformat(day).replace(tzinfo=UTC)
+            steps = [noon + timedelta(seconds=30 * n) for n in range(-2880, 2 * 2880)]
+            offsets = [step.astimezone(zone).utcoffset() for step in steps]
+            where = [n for n in range(1, len(steps)) if offsets[n] != offsets[n - 1]]
+            assert where, line
+            jump = offsets[where[0]] - offsets[where[0] - 1]
+            found.append(
+                (name, (steps[where[0]] - EPOCH) // timedelta(milliseconds=1), jump // timedelta(milliseconds=1))
+            )
+    return found
+
+
+def window(name: str, change: int, around: int, step: int) -> list[tuple[int, datetime]]:
+    zone = zoneinfo.ZoneInfo(name)
+    start = EPOCH + timedelta(milliseconds=change - around)
+    instants = (start + timedelta(milliseconds=n) for n in range(0, 2 * around, step))
+    return [
+        ((t - EPOCH) // timedelta(milliseconds=1), t.astimezone(zone).replace(tzinfo=None, fold=0)) for t in instants
+    ]
+
+
+class Texts:
+    """Random cron texts that tend to fire near a given wall."""
+
+    def __init__(self, dice: random.Random) -> None:
+        self.dice = dice
+
+    def value(self, index: int, near: int) -> int:
+        cycle = CYCLES[index]
+        if self.dice.random() < 0.6:
+            return cycle[(near + self.dice.randint(-1, 1) - cycle[0]) % len(cycle)]
+        return self.dice.choice(cycle)
+
+    def word(self, index: int, value: int) -> str:
+        if self.dice.random() < 0.3 and index in (4, 5):
+            names = calendar.month_abbr if index == 4 else ["sun", "mon", "tue", "wed", "thu", "fri", "sat"]
+            return self.dice.choice([str.upper, str.lower, str.title])(names[value])
+        return "7" if index == 5 and value == 0 and self.dice.random() < 0.4 else str(value)
+
+    def item(self, index: int, near: int) -> str:
+        dice, size = self.dice, len(CYCLES[index])
+        start, end = (self.word(index, self.value(index, near)) for _ in range(2))
+        step = f"/{dice.choice([1, 2, 3, 5, 7, 15, 20, 30, size]) % size or size}"
+        forms = [
+            start,
+            start,
+            f"{start}-{end}",
+            f"{start}-{end}{step}",
+            f"{start}-{start}{step}",
+            f"{start}{step}",
+            f"*{step}",
+        ]
+        return dice.choice(forms)
+
+    def field(self, index: int, near: int, star: float) -> str:
+        if self.dice.random() < star:
+            return "*"
+        return ",".join(self.item(index, near) for _ in range(self.dice.choice([1, 1, 1, 2, 3])))
+
+    def special(self, index: int, day: date) -> str:
+        dice, near = self.dice, day.isoweekday() % 7
+        if index == 3:
+            return dice.choice(
+                ["L", f"{day.day},L", "LW", f"{min(28, day.day)}W", f"{dice.randint(1, 28)}W", "lw", "1-30,L"]
+            )
+        items = [f"#{(day.day + 6) // 7}", f"#{dice.randint(1, 5)}", "L", "l"]
+        return ",".join(self.word(5, self.value(5, near)) + dice.choice(items) for _ in range(dice.choice([1, 1, 2])))
+
+    def days(self, day: date) -> tuple[str, str]:
+        weekday, either = day.isoweekday() % 7, self.dice.random()
+        if either < 0.4:
+            return "*", "*"
+        if either < 0.6:
+            return self.field(3, day.day, 0), self.field(5, weekday, 0)
+        if either < 0.8:
+            return self.field(3, day.day, 0.5), self.field(5, weekday, 0.5)
+        star = self.dice.choice(["*", "*", "?", "*/2", "*/3"])
+        return (self.special(3, day), star) if self.dice.random() < 0.5 else (star, self.special(5, day))
+
+    def text(self, wall: datetime, seconds: bool) -> str:
+        days, weekdays = self.days(wall.date())
+        minute = self.field(1, wall.minute, 0.2)
+        hour = self.field(2, wall.hour, 0.25)
+        fields = [minute, hour, days, self.field(4, wall.month, 0.8), weekdays]
+        return " ".join([self.field(0, wall.second, 0.2), *fields] if seconds else fields)
+
+
+PIECES = ["*", "*/5", "5", "0", "31", "30", "29W", "L", "LW", "5L", "5#5", "1-7", "7-1/3", "2", "12", "?", "59,1"]
+THOROUGH = int(os.environ.get("BGJOB_TEST_THOROUGH", "0"))
+
+
+def compare(seconds: bool, number: int) -> None:
+    """Compare `number` random schedules around every clock change with the oracle."""
+    dice = random.Random(f"bgjob {seconds} {number} {os.environ.get('BGJOB_TEST_SEED', '')}")
+    texts, fired, places = Texts(dice), 0, changes()
+    if seconds:
+        places = [place for place in places if abs(place[2]) <= HOUR]
+    for index, (name, change, jump) in enumerate(places):
+        zone = _zone(name)
+        around = abs(jump) + 20 * MINUTE if seconds else abs(jump) + 8 * HOUR
+        step = 1_000 if seconds or jump % MINUTE else MINUTE
+        around = min(around, 2 * HOUR) if step == 1_000 else around
+        stretch = window(name, change, around, step)
+        for _ in range(number * (index + 1) // len(places) - number * index // len(places)):
+            wall = stretch[len(stretch) // 2 - dice.randint(0, 2)][1]
+            wall += dice.choice([0, 0, 1, -1]) * timedelta(milliseconds=abs(jump))
+            text = texts.text(wall, seconds)
+            try:
+                cron = _Cron(text, zone)
+            except ScheduleError as error:
+                assert "never matches" in str(error), error
+                assert not any(Oracle(text).on(date(2000, 1, 1) + timedelta(days=n)) for n in range(366 * 60)), text
+                continue
+            wanted = Oracle(text).fires(stretch, timedelta(milliseconds=step))
+            first, last = stretch[0][0], stretch[-1][0]
+            anywhere = dice.randint(first, change + max(0, -jump) if cron.wild else last)
+            after = dice.choice([first, change - 1, change, change + 1, anywhere, anywhere, anywhere])
+            wanted = [tick for tick in wanted if tick > after]
+            got = upto(last, cron.ticks(after))
+            assert got == wanted, (text, name, after)
+            assert _newest(cron, after, last) == (wanted or [None])[-1], (text, name, after)
+            fired += bool(wanted)
+    assert fired > number / 3
+
+
+class TestOracle:
+    def test_minutes(self) -> None:
+        """Random schedules equal the oracle's around clock changes in over thirty zones."""
+        compare(seconds=False, number=THOROUGH or 200)
+
+    def test_seconds(self) -> None:
+        """The same to the second, with a field for seconds."""
+        compare(seconds=True, number=THOROUGH // 4 or 30)
+
+    def test_a_year(self) -> None:
+        """Day rules hold day by day over years, both-day rule, L, # and W included."""
+        dice = random.Random("a year")
+        texts, days = Texts(dice), [date(2023, 12, 25) + timedelta(days=n) for n in range(800)]
+        for _ in range(THOROUGH or 25):
+            day, weekday = texts.days(dice.choice(days))
+            text = f"0 0 {day} {texts.field(4, 6, 0.7)} {weekday}"
+            oracle = Oracle(text)
+            wanted = [at(d.year, d.month, d.day) for d in days if oracle.on(d)]
+            try:
+                cron = _Cron(text, UTC)
+            except ScheduleError as error:
+                assert "never matches" in str(error)
+                assert not wanted
+                continue
+            start, end = at(2023, 12, 24, 23), at(days[-1].year, days[-1].month, days[-1].day)
+            assert upto(end, cron.ticks(start)) == wanted, text
+
+    @settings(max_examples=THOROUGH or 100, deadline=None)
+    @given(
+        st.one_of(
+            st.text(),
+            st.text(alphabet="0123456789*/,-LW#?@RHMONSUFRI ", max_size=30),
+            st.lists(st.text(alphabet="0123456789*/,-LW#?", min_size=1, max_size=4), min_size=5, max_size=6).map(
+                " ".join
+            ),
+            st.lists(st.sampled_from(PIECES), min_size=5, max_size=6).map(" ".join),
+        ),
+        st.sampled_from(["UTC", "Europe/Rome", "Australia/Lord_Howe", "Pacific/Apia"]),
+        st.integers(at(1, 1, 1), at(9999, 12, 31)),
+    )
+    def test_any_text(self, text: str, zone: str, after: int) -> None:
+        """Any text raises ScheduleError or yields strictly increasing ticks."""
+        try:
+            cron = _Cron(text, _zone(zone))
+        except ScheduleError:
+            return
+        last = after
+        for tick in islice(cron.ticks(after), 5):
+            assert tick > last
+            last = tick
+
+
+class TestNewest:
+    def test_every(self) -> None:
+        """An interval's ticks are start + n * every with n >= 1."""
+        grid = _Every(10, 3)
+        assert [*islice(grid.ticks(-100), 3)] == [13, 23, 33]
+        assert [*islice(grid.ticks(13), 2)] == [23, 33]
+        assert [*islice(grid.ticks(12), 1)] == [13]
+
+    @pytest.mark.parametrize(
+        ("after", "upto", "newest"),
+        [
+            (0, 12, None),
+            (0, 13, 13),
+            (13, 13, None),
+            (13, 22, None),
+            (13, 23, 23),
+            (0, 10**18 + 3, 10**18 + 3),
+            (20, 5, None),
+            (-99, 3, None),
+        ],
+    )
+    def test_newest_of_every(self, after: int, upto: int, newest: int | None) -> None:
+        """The newest tick lies later than `after` and not later than `upto`."""
+        assert _newest(_Every(10, 3), after, upto) == newest
+
+    def test_newest_of_cron(self) -> None:
+        """It is the last that walking there would find, at a cost that doesn't grow with the gap."""
+        cron = _Cron("*/7 * * * * *", _zone("Europe/Rome"))
+        start = at(2025, 10, 26, 0, 59, 58)
+        walked = upto(start + 60_000, cron.ticks(start))
+        assert _newest(cron, start, start + 60_000) == walked[-1]
+        assert _newest(cron, start, walked[0]) == walked[0]
+        assert _newest(cron, walked[0], walked[0]) is None
+        assert _newest(cron, walked[0], walked[1] - 1) is None
+        begin = time.perf_counter()
+        assert _newest(cron, 0, at(2500, 1, 1)) == at(2500, 1, 1, 0, 0, 0)
+        assert time.perf_counter() - begin < 0.5
+
+    def test_newest_across_an_overlap(self) -> None:
+        """In the second pass it is the newest instant, not the greatest reading."""
+        cron = _Cron("*/20 * * * *", _zone("Europe/Rome"))
+        assert _newest(cron, 0, at(2025, 10, 26, 1, 5)) == at(2025, 10, 26, 1, 0)
+
+    @pytest.mark.parametrize(
+        ("first", "last", "number"),
+        [(13, 13, 1), (0, 12, 0), (14, 22, 0), (13, 33, 3), (0, 10**6, 99_999), (50, 20, 0)],
+    )
+    def test_count_of_every(self, first: int, last: int, number: int) -> None:
+        """Ticks of an interval are counted by arithmetic, both ends included."""
+        assert _count(_Every(10, 3), first, last) == number
+
+    def test_count_of_cron(self) -> None:
+        """Those of a cron are walked, up to the limit, both ends included."""
+        cron, start = _Cron("0 * * * *", UTC), at(2025, 1, 1)
+        assert _count(cron, start, start + 5 * HOUR) == 6
+        assert _count(cron, start + 1, start + 5 * HOUR - 1) == 4
+        assert _count(cron, start, start + 365 * DAY) == 100
+        assert _count(cron, start, start + 365 * DAY, limit=7) == 7
+        assert _count(cron, start, start - 1) == 0
+
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def ended(runs: list[Run], state: State = State.SUCCEEDED) -> list[str]:
+    return [run.id for run in runs if run.state is state]
+
+
+class TestTime:
+    @pytest.mark.parametrize(
+        ("text", "ms"),
+        [(90, 90_000), (0.25, 250), ("250ms", 250), ("30s", 30_000), ("1h30m", 5_400_000), ("2d", 172_800_000),
+         ("1.5h", 5_400_000), (timedelta(minutes=5), 300_000), ("5m 30s", 330_000)],
+    )  # fmt: skip
+    def test_forms(self, text: object, ms: int) -> None:
+        """Seconds, timedelta and text mean the same everywhere."""
+        assert _duration("every", text) == ms
+
+    @pytest.mark.parametrize(
+        "text", ["", "5", "5x", "m5", "-5s", "1m1m", "5s1m", float("nan"), float("inf"), -1, True, None]
+    )
+    def test_refusals(self, text: object) -> None:
+        """What isn't a duration is refused with a remedy."""
+        with pytest.raises(ScheduleError, match="write "):
+            _duration("every", text)
+
+    @given(st.integers(0, 99), st.integers(0, 23), st.integers(0, 59), st.integers(0, 59), st.integers(0, 999))
+    def test_compositions(self, d: int, h: int, m: int, s: int, ms: int) -> None:
+        """A text of several units is their sum."""
+        assert _duration("x", f"{d}d{h}h{m}m{s}s{ms}ms") == (((d * 24 + h) * 60 + m) * 60 + s) * 1000 + ms
+
+    @given(st.text(), st.integers(1, 10**9))
+    def test_spread(self, text: str, limit: int) -> None:
+        """Jitter depends on the text alone and stays below its limit."""
+        assert 0 <= _spread(text, limit) < limit
+        assert _spread(text, limit) == _spread(text, limit)
+
+    def test_one_room_reads_clocks(self) -> None:
+        """Only the Time room reads a clock."""
+        source = Path(bgjob.__file__).read_text()
+        begin, end = (source[: source.index(banner)].count("\n") for banner in ("# 2 Time -", "# 3 Schedules -"))
+        calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+        names = [(ast.unparse(call.func), call.lineno) for call in calls]
+        readers = [line for name, line in names if re.search(r"^time\.|datetime\.(now|utcnow|today)$", name)]
+        assert readers
+        assert all(begin < line <= end for line in readers)
+
+
+class TestRetries:
+    @pytest.mark.parametrize(
+        ("tries", "lost", "retries", "on_crash", "verdict"),
+        [(1, 0, 0, "rerun", "fail"), (1, 0, 1, "rerun", "run"), (2, 0, 1, "rerun", "fail"), (1, 1, 0, "rerun", "run"),
+         (1, 1, 0, "drop", "fail"), (3, 3, 0, "rerun", "run"), (4, 4, 9, "rerun", "fail"), (3, 1, 1, "rerun", "fail"),
+         (3, 1, 2, "rerun", "run"), (1, 0, 1, "drop", "run")],
+    )  # fmt: skip
+    def test_verdict(self, tries: int, lost: int, retries: int, on_crash: str, verdict: str) -> None:
+        """Lost attempts use up no retry; the fourth loss, or the first with drop, ends the run."""
+        assert _verdict(tries, lost, retries, on_crash) == verdict
+
+    @given(st.integers(1, 200), st.text())
+    def test_backoff(self, retry: int, text: str) -> None:
+        """The delay doubles up to its limit and is spread over the upper half."""
+        top = min(1000 * 2 ** (retry - 1), 300_000)
+        assert top // 2 <= _retry_delay("1s..5m")(retry, text) <= top
+
+    def test_attempts(self) -> None:
+        """A failing job is tried `retries` times more, with the delays of `retry_delay`, then on_error is called once."""
+        registry, calls, told = Registry(), [], []
+
+        @registry.job(
+            after=0, retries=2, retry_delay=lambda n: n * 10, on_error=lambda run, e: told.append((run.state, e))
+        )
+        async def bad() -> None:
+            calls.append(asyncio.get_running_loop().time())
+            raise ValueError("no")
+
+        (run,) = registry.simulate("1h", start=START)
+        assert [round(t) for t in calls] == [0, 10, 30]
+        assert (run.state, run.attempt, run.error) == ("failed", 3, "ValueError: no")
+        assert [(state, str(error)) for state, error in told] == [("running", "no")]
+
+    @pytest.mark.parametrize(
+        "raised", [SystemExit(2), BaseExceptionGroup("g", [SystemExit()]), asyncio.CancelledError()]
+    )
+    def test_base_exceptions(self, raised: BaseException) -> None:
+        """SystemExit, groups and a CancelledError that nobody asked for are failures; the slot comes back."""
+        registry = Registry()
+
+        @registry.job(every="1m")
+        async def bad() -> None:
+            raise raised
+
+        runs = registry.simulate("5m", start=START)
+        assert [run.state for run in runs] == ["failed"] * 5
+
+
+class TestDeclarations:
+    WRONG = (
+        ({"every": "5x"}, "job 'f': every='5x': not a duration; write seconds (90), a timedelta, or text such as '30s' or '1h30m'"),
+        ({"every": 0}, "job 'f': every=0: too short; write a duration of at least 1 ms, for instance '30s'"),
+        ({"every": -1}, "job 'f': every=-1: negative; write a duration of at least 1 ms, for instance '30s'"),
+        ({"every": "1s", "cron": "* * * * *"}, "job 'f': every='1s' and cron='* * * * *': a job has one schedule; stack a second @job with its own name"),
+        ({"cron": "61 * * * *"}, "job 'f': cron='61 * * * *': minute must be 0-59, got 61"),
+        ({"every": "1s", "tz": "Europe/Rome"}, "job 'f': tz='Europe/Rome': only cron has a zone; leave it out, or write cron="),
+        ({"cron": "@daily", "tz": "Europe/Roma"}, "job 'f': tz='Europe/Roma': unknown time zone; did you mean 'Europe/Rome'?"),
+        ({"args": {"a": 1}}, "job 'f': args: unknown parameter 'a'; the function's are: none"),
+        ({"every": 1, "args": 5}, "job 'f': args=5: not a mapping; write args={'name': value}"),
+        ({"immediate": True}, "job 'f': immediate=True: is for scheduled runs; add every=, cron= or after="),
+        ({"every": 1, "immediate": "yes"}, "job 'f': immediate='yes': write True or False"),
+        ({"jitter": "1s"}, "job 'f': jitter='1s': is for scheduled runs; add every=, cron= or after="),
+        ({"overlap": "all"}, "job 'f': overlap='all': is for scheduled runs; add every=, cron= or after="),
+        ({"every": 1, "overlap": "none"}, "job 'f': overlap='none': write 'skip' or 'queue' or 'all'"),
+        ({"after": 1, "immediate": True}, "job 'f': after=1 runs once: immediate and overlap say nothing here; leave them out"),
+        ({"parallelism": 0}, "job 'f': parallelism=0: write a whole number, 1 or more"),
+        ({"parallelism": True}, "job 'f': parallelism=True: write a whole number, 1 or more"),
+        ({"retries": -1}, "job 'f': retries=-1: write a whole number, 0 or more"),
+        ({"retries": 1.5}, "job 'f': retries=1.5: write a whole number, 0 or more"),
+        ({"retry_delay": "5m..1s"}, "job 'f': retry_delay='5m..1s': begins longer than it ends; write '1s..5m'"),
+        ({"retry_on": 5}, "job 'f': retry_on=5: write an exception class, a tuple of them, or a predicate"),
+        ({"retry_on": int}, "job 'f': retry_on=<class 'int'>: write an exception class, a tuple of them, or a predicate"),
+        ({"on_error": 5}, "job 'f': on_error=5: not callable; pass a function of (run, exception)"),
+        ({"on_crash": "retry"}, "job 'f': on_crash='retry': write 'rerun' or 'drop'"),
+        ({"timeout": 0}, "job 'f': timeout=0: too short; write a duration of at least 1 ms, for instance '30s'"),
+        ({"expires": "soon"}, "job 'f': expires='soon': not a duration; write seconds (90), a timedelta, or text such as '30s' or '1h30m'"),
+        ({"name": "a@b"}, "name='a@b': write printable text without '@' and '#'"),
+        ({"name": ""}, "name='': write printable text without '@' and '#'"),
+    )  # fmt: skip
+
+    @pytest.mark.parametrize(("keywords", "message"), WRONG)
+    def test_messages(self, keywords: dict[str, object], message: str) -> None:
+        """A wrong keyword fails when the decorator runs, with the job, the value and the remedy."""
+
+        async def f() -> None: ...
+
+        with pytest.raises(ScheduleError) as caught:
+            Registry().job(**keywords)(f)
+        assert str(caught.value) == message
+
+    def test_functions(self) -> None:
+        """What can't be a job is refused: generators, classes, nameless functions, unfilled parameters, taken names."""
+        registry = Registry()
+
+        async def agen():
+            yield
+
+        async def needy(a): ...
+
+        for wrong in (agen, int, lambda: 1, 5):
+            with pytest.raises(ScheduleError):
+                registry.job(wrong)
+        with pytest.raises(ScheduleError, match="job 'needy': nothing fills the parameter a"):
+            registry.job(every=1)(needy)
+        registry.job(needy)
+        with pytest.raises(ScheduleError, match="the name is taken by .*test_bgjob.py:"):
+            registry.job(needy)
+        assert list(registry.jobs) == ["needy"]
+
+    def test_next_ticks(self) -> None:
+        """next_ticks answers in the job's zone, on the epoch's grid for an interval, and [] without a schedule."""
+        registry = Registry()
+
+        @registry.job(cron="30 2 * * *", tz="Europe/Rome")
+        async def nightly() -> None: ...
+
+        @registry.job(every="1h", name="hourly")
+        @registry.job
+        async def plain() -> None: ...
+
+        start = datetime(2025, 3, 29, 12, tzinfo=UTC)
+        assert [t.isoformat() for t in nightly.next_ticks(2, start)] == [
+            "2025-03-30T03:00:00+02:00",
+            "2025-03-31T02:30:00+02:00",
+        ]
+        assert registry.jobs["hourly"].next_ticks(1, start) == [start + timedelta(hours=1)]
+        assert registry.jobs["plain"].next_ticks() == []
+
+
+class TestEngine:
+    def test_grid(self) -> None:
+        """Ticks of an interval lie at start + n * every, however long the runs take."""
+        registry = Registry()
+
+        @registry.job(every="10s")
+        async def slow() -> None:
+            await asyncio.sleep(7.3)
+
+        runs = registry.simulate("1m", start=START)
+        assert [run.tick for run in runs] == [START + timedelta(seconds=10 * n) for n in range(1, 6)]
+
+    @pytest.mark.parametrize(
+        ("overlap", "starts", "skipped"),
+        [("skip", [10, 40, 70, 100], 8), ("queue", [10, 35, 60, 85, 110], 6), ("all", [10, 35, 60, 85, 110], 0)],
+    )
+    def test_overlap(self, overlap: str, starts: list[int], skipped: int) -> None:
+        """skip drops ticks that overlap, queue lets one wait, all runs every one in order."""
+        registry, begun, ticks = Registry(), [], []
+
+        @registry.job(every="10s", overlap=overlap)
+        async def slow() -> None:
+            begun.append(round(asyncio.get_running_loop().time()))
+            ticks.append(current_run().tick)
+            await asyncio.sleep(25)
+
+        runs = registry.simulate("2m", start=START)
+        assert begun == starts
+        assert len(ended(runs, State.SKIPPED)) == skipped
+        assert ticks == sorted(ticks)
+        if overlap == "all":
+            assert ticks == [START + timedelta(seconds=10 * n) for n in range(1, 6)]
+
+    def test_parallelism(self) -> None:
+        """Never more than `parallelism` runs at once; submitted runs start first in, first out, and none is skipped."""
+        registry, order, now, most = Registry(), [], 0, 0
+
+        @registry.job(parallelism=3)
+        async def work(n: int) -> int:
+            nonlocal now, most
+            now, order[len(order) :] = now + 1, [n]
+            most = max(most, now)
+            await asyncio.sleep(1)
+            now -= 1
+            return n * n
+
+        async def main() -> None:
+            runs = [await work.submit(n) for n in range(50)]
+            assert [await run.result() for run in runs] == [n * n for n in range(50)]
+
+        registry.simulate("1h", start=START, main=main)
+        assert most == 3
+        assert order == list(range(50))
+
+    def test_keys(self) -> None:
+        """The same key is the same run, submitted once; a cancelled one frees its key, a finished one keeps it a day."""
+        registry = Registry()
+
+        @registry.job
+        async def mail(to: str) -> str:
+            return to
+
+        async def main() -> None:
+            one = await mail.after("5m", key="k").submit("a")
+            assert await mail.after("1m", key="k").submit("b") is one
+            assert await one.cancel()
+            with pytest.raises(RunCancelled, match="run 'mail#k' was cancelled: cancelled on request"):
+                await one.result()
+            two = await mail.after("1m", key="k").submit("b")
+            assert await two.result() == "b"
+            await asyncio.sleep(86_000)
+            assert await mail.after("1m", key="k").submit("c") is two
+            await asyncio.sleep(500)
+            assert await mail.after("1m", key="k").submit("c") is not two
+
+        registry.simulate("2d", start=START, main=main)
+
+    def test_timeout_and_cancel(self) -> None:
+        """The reason written before the cancellation decides, clean-ups run, and the next tick still fires."""
+        registry, cleaned = Registry(), []
+
+        @registry.job(every="1m", timeout="5s")
+        async def hangs() -> None:
+            try:
+                await asyncio.sleep(1000)
+            finally:
+                cleaned.append(1)
+
+        @registry.job
+        async def swallows() -> None:
+            try:
+                await asyncio.sleep(1000)
+            except asyncio.CancelledError:
+                raise ValueError("instead") from None
+
+        async def main() -> None:
+            run = await swallows.submit()
+            await asyncio.sleep(1)
+            assert await run.cancel()
+            with pytest.raises(RunCancelled):
+                await run.result()
+            assert not await run.cancel()
+
+        runs = [run for run in registry.simulate("5m30s", start=START, main=main) if run.job == "hangs"]
+        assert [(run.state, run.error) for run in runs] == [("failed", "TimeoutError: no end within 5 s")] * 5
+        assert len(cleaned) == 5
+
+    def test_cancelled_before_first_step(self) -> None:
+        """A task that somebody cancels before its first step gives its slot back."""
+        registry = Registry()
+
+        @registry.job(parallelism=1)
+        async def work() -> int:
+            return 1
+
+        async def main() -> None:
+            async with registry.running():
+                run = await work.submit()
+                while not (tasks := [t for t in asyncio.all_tasks() if t.get_name() == "work"]):
+                    await asyncio.sleep(0)
+                    if run.state is State.SUCCEEDED:
+                        break
+                for task in tasks:
+                    task.cancel()
+                second = await work.submit()
+                assert await second.result(5) == 1
+
+        asyncio.run(main())
+
+    def test_dependencies(self) -> None:
+        """Dependencies are made once per attempt and cleaned up in reverse order, whatever the outcome."""
+        registry, events = Registry(), []
+
+        def a():
+            events.append("a")
+            try:
+                yield 1
+            finally:
+                events.append("-a")
+
+        async def b(a: int = Depends(a)):
+            events.append("b")
+            yield a + 1
+            events.append("-b")
+
+        @registry.job(after=0)
+        async def work(x: int = Depends(a), y: int = Depends(b)) -> int:
+            events.append(f"{x}{y}")
+            return x + y
+
+        with pytest.raises(TypeError, match="pass x=…, y=…"):
+            work()
+        (run,) = registry.simulate("1m", start=START)
+        assert run.state is State.SUCCEEDED
+        assert events == ["a", "b", "12", "-b", "-a"]
+
+    def test_threads(self) -> None:
+        """A plain function runs in a daemon thread with the run's context; its error is the run's."""
+        registry, seen = Registry(), []
+
+        @registry.job
+        def plain(n: int) -> int:
+            seen.append((threading.current_thread().daemon, current_run().job))
+            return 1 // n
+
+        async def main() -> None:
+            async with registry.running():
+                assert await (await plain.submit(1)).result(5) == 1
+                with pytest.raises(RunFailed, match="ZeroDivisionError"):
+                    await (await plain.submit(0)).result(5)
+
+        asyncio.run(main())
+        assert seen == [(True, "plain")] * 2
+
+    def test_replay(self) -> None:
+        """A year of weekday mornings with retries gives the same runs twice."""
+
+        def year() -> list[tuple[str, int, str]]:
+            registry, calls = Registry(), 0
+
+            @registry.job(cron="0 6 * * mon-fri", retries=2)
+            async def morning() -> None:
+                nonlocal calls
+                calls += 1
+                if calls % 3 == 0:
+                    raise ValueError
+
+            return [(r.id, r.attempt, str(r.state)) for r in registry.simulate("365d", start=START)]
+
+        first = year()
+        assert len(first) == 261
+        assert first == year()
+
+    def test_clock_steps(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A clock set back neither freezes nor repeats an interval; set forward, it is caught up with one run."""
+        registry, ticks, step = Registry(), [], 0.0
+        real = time.time
+        monkeypatch.setattr(time, "time", lambda: real() + step)
+
+        @registry.job(every="50ms")
+        async def beat() -> None:
+            ticks.append(1)
+
+        async def main() -> None:
+            nonlocal step
+            async with registry.running():
+                for step in (0.0, -3600.0, 0.0):
+                    before = len(ticks)
+                    await asyncio.sleep(0.4)
+                    assert 3 <= len(ticks) - before <= 10
+
+        asyncio.run(main())
+
+    def test_shutdown(self) -> None:
+        """Cancelling run() drains, cancels what is left, and is raised; nothing stays behind."""
+        registry = Registry()
+
+        @registry.job(after=0)
+        async def long() -> None:
+            await asyncio.sleep(1000)
+
+        async def main() -> None:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await registry.run(drain="100ms")
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+        before = threading.active_count(), signal.getsignal(signal.SIGTERM)
+        asyncio.run(main())
+        assert (threading.active_count(), signal.getsignal(signal.SIGTERM)) == before
+        with pytest.raises(BgjobError, match="call it inside run"):
+            asyncio.run(registry.find("x"))
+
+    @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_signals(self, number: int) -> None:
+        """SIGINT and SIGTERM drain, and run() returns."""
+        code = (
+            "import asyncio, bgjob, os, logging; logging.basicConfig(level=20)\n"
+            f"@bgjob.job(every='100ms')\nasync def f(): os.kill(os.getpid(), {int(number)}); await asyncio.sleep(.2)\n"
+            "asyncio.run(bgjob.run()); print('returned')"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
+        assert (done.returncode, done.stdout) == (0, "returned\n")
+        assert "draining 1 runs, at most 20 s" in done.stderr
+
+    def test_traceback_without_configuration(self) -> None:
+        """The last failure's traceback is on stderr though nobody configured logging."""
+        code = (
+            "import bgjob\n@bgjob.job(after=0, retries=1)\nasync def f(): raise ValueError('boom')\n"
+            "bgjob.simulate('1h')"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
+        assert "failed at attempt 1 of 2: ValueError: boom; retry in" in done.stderr
+        assert done.stderr.count("Traceback") == 1
+
+
+class TestHouse:
+    def test_import(self) -> None:
+        """Importing starts nothing, and loads neither croniter, zoneinfo, sqlite3, json nor a driver."""
+        code = (
+            "import bgjob, sys, threading; assert threading.active_count() == 1\n"
+            "print([m for m in ('croniter', 'zoneinfo', 'sqlite3', 'json', 'redis', 'asyncpg') if m in sys.modules])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=True)
+        assert done.stdout == "[]\n"
+
+    def test_map(self) -> None:
+        """The map in the docstring names the rooms, in the order of their banners."""
+        source = Path(bgjob.__file__).read_text()
+        banners = re.findall(r"^# (\d+ \w+) -+$", source, flags=re.MULTILINE)
+        assert banners == re.findall(r"^ +(\d+ [A-Z]\w+)  ", bgjob.__doc__ or "", flags=re.MULTILINE)
+        assert len(banners) == 11
+
+    def test_readme(self) -> None:
+        """Every Python block of the README runs."""
+        readme = Path("README.md")
+        if not readme.exists():
+            pytest.skip("no README beside the tests")
+        blocks = re.findall(r"```python\n(.*?)```", readme.read_text(), flags=re.DOTALL)
+        assert len(blocks) > 5
+        for block in blocks:
+            code = f"import bgjob\n{block}\nbgjob.simulate('1d') if bgjob.default.jobs else None\n"
+            done = subprocess.run([sys.executable, "-c", code.replace("__main__", "__block__")], capture_output=True,
+                                  text=True, timeout=60, check=False)  # fmt: skip
+            if "No module named 'fastapi'" not in done.stderr:
+                assert done.returncode == 0, block + done.stderr
