@@ -27,6 +27,9 @@ Durations are everywhere the same: seconds (int or float), a `timedelta`, or tex
 "1h30m", "250ms", "2d". Ticks, the scheduled instants of a job, are whole milliseconds in UTC.
 """
 
+# pyright: reportPrivateUsage=false
+# One file is one unit: its rooms see each other's underscores, its users don't.
+
 # 0 Door ---------------------------------------------------------------------------------------------------------------
 # Nothing below starts a thread, a loop or a handler at import; croniter, zoneinfo and json wait until they are used.
 
@@ -51,11 +54,13 @@ import time
 from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import (
+    AsyncGenerator,
     AsyncIterator,
     Awaitable,
     Callable,
     Collection,
     Coroutine,
+    Generator,
     Iterable,
     Iterator,
     Mapping,
@@ -65,7 +70,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, supp
 from contextvars import ContextVar, copy_context
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from enum import StrEnum
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, Protocol, TypeAlias, cast, overload
 from zlib import crc32
 
@@ -1105,7 +1110,7 @@ class _Spec:
         self.direct = self.is_async and not plan.needs  # called without a detour
         self.schedule, self.after = _when(s)
         scheduled = self.schedule is not None or self.after is not None
-        self.args = _scheduled_args(plan, s, scheduled)
+        self.args = _scheduled_args(plan, s.args, scheduled)
         self.immediate = _flag("immediate", s.immediate)
         self.jitter = _duration("jitter", s.jitter) if s.jitter else 0
         self.parallelism = (1 if scheduled else 10) if s.parallelism is None else _int("parallelism", s.parallelism, 1)
@@ -1153,11 +1158,11 @@ def _refuse_unscheduled(s: _Settings) -> None:
 _NO_ARGS: Mapping[str, object] = MappingProxyType({})
 
 
-def _scheduled_args(plan: _Plan, s: _Settings, scheduled: bool) -> Mapping[str, object]:
+def _scheduled_args(plan: _Plan, given: object, scheduled: bool) -> Mapping[str, object]:
     """The keyword arguments of scheduled runs: all that the function needs, and none that it doesn't know."""
-    if s.args is not None and not isinstance(s.args, Mapping):
-        raise ScheduleError(f"args={s.args!r}: not a mapping; write args={{'name': value}}")
-    args = dict(s.args) if s.args else _NO_ARGS
+    if given is not None and not isinstance(given, Mapping):
+        raise ScheduleError(f"args={given!r}: not a mapping; write args={{'name': value}}")
+    args = dict(cast(Mapping[str, object], given)) if given else _NO_ARGS
     unknown = [] if plan.any_name else [name for name in args if name not in plan.accepted]
     if unknown:
         known = ", ".join(sorted(plan.accepted)) or "none"
@@ -1193,7 +1198,7 @@ def _is_exception(error: BaseException) -> bool:
 def _retryable(retry_on: RetryOn) -> Callable[[BaseException], bool]:
     if retry_on is Exception:
         return _is_exception
-    kinds = retry_on if isinstance(retry_on, tuple) else (retry_on,)
+    kinds = cast(tuple[object, ...], retry_on if isinstance(retry_on, tuple) else (retry_on,))
     if all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds):
         classes = cast(tuple[type[BaseException], ...], kinds)
         return lambda error: isinstance(error, classes)
@@ -1334,14 +1339,18 @@ def _describe(spec: _Spec) -> str:
     return "on submit" if spec.after is None else f"after={_span(spec.after)}"
 
 
+def _check_key(job: str, key: object) -> None:
+    if key is not None and (not isinstance(key, str) or not key or not key.isprintable()):
+        raise ScheduleError(f"job {job!r}: key={key!r}: write printable text")
+
+
 class Later(Generic[P, R_co]):
     """What `job.after(…)` and `job.at(…)` return; its one method is `submit`."""
 
     __slots__ = ("_at", "_delay", "_job", "_key")
 
     def __init__(self, job: Job[P, object, R_co], delay: int, at: int | None, key: str | None) -> None:
-        if key is not None and (not isinstance(key, str) or not key or not key.isprintable()):
-            raise ScheduleError(f"job {job.name!r}: key={key!r}: write printable text")
+        _check_key(job.name, key)
         self._job = job
         self._delay = delay
         self._at = at
@@ -2267,20 +2276,25 @@ def _raise(error: BaseException) -> object:
 
 
 @contextmanager
-def _signals(stop: Callable[[], None]) -> Iterator[None]:
+def _signals(stop: Callable[[], None]) -> Generator[None, None, None]:
     """SIGINT and SIGTERM call `stop`, where nobody but Python or asyncio.run handles them; put back afterwards."""
-    loop, previous = asyncio.get_running_loop(), {}
+    loop = asyncio.get_running_loop()
+    previous: dict[signal.Signals, Callable[[int, FrameType | None], object] | int] = {}
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(stop)
+
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             handler = signal.getsignal(number)
             if handler in (signal.SIG_DFL, signal.default_int_handler) or _is_runners(handler):
-                previous[number] = handler
-                signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
+                previous[number] = cast(signal.Handlers, handler)
+                signal.signal(number, on_signal)
     try:
         yield
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, cast(signal.Handlers, handler))
 
 
 def _is_runners(handler: object) -> bool:
@@ -2541,7 +2555,7 @@ class Registry:
         jobs: Sequence[str] | None = None,
         drain: Duration = "20s",
         on_event: Callable[[Run], object] | None = None,
-    ) -> AsyncIterator[Registry]:
+    ) -> AsyncGenerator[Registry, None]:
         """`async with running():` runs the jobs beside your own code, for instance in FastAPI's lifespan.
 
         Takes what `run()` takes, yields the registry, and never touches signals.
@@ -2594,8 +2608,9 @@ class Registry:
 
         engine = _Engine(self, None, 0, collect, _VirtualClock(asyncio.get_running_loop().time, begin))
         await engine.open()
+        limit = asyncio.timeout(span + _MOMENT)
         try:
-            async with asyncio.timeout(span + _MOMENT) as limit:
+            async with limit:
                 if main is not None:
                     await main()
                 main = None
