@@ -1759,9 +1759,10 @@ class _Engine:
         self._closed = True
         for run in list(self._live):
             _log.error("%s would not stop: it ignored its cancellation for %s", run, _span(_GRACE * 1000))
+            task = run.task
             self._finish(run, _Outcome(_CANCELLED, None, _Stop.SHUTDOWN))
-            if run.task is not None:
-                run.task.cancel()  # a run in a thread is only waited for, and the wait now ends
+            if task is not None:
+                task.cancel()  # a run in a thread is only waited for, and the wait now ends
         lost = list(self._scheduled())
         if lost and not self._clock.virtual:
             _log.warning("%d scheduled runs are lost, for memory keeps none: %s", len(lost), _examples(lost))

@@ -1319,6 +1319,59 @@ class TestEngine:
         with pytest.raises(BgjobError, match="call it inside run"):
             asyncio.run(registry.find("x"))
 
+    def test_what_would_not_stop(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+        """A task that ignores its cancellation and a thread are named in the log, and don't hold the shutdown."""
+        registry, release = Registry(), threading.Event()
+        monkeypatch.setattr(bgjob, "_GRACE", 0.1)
+
+        @registry.job(after=0)
+        async def stubborn() -> None:
+            while not release.is_set():
+                try:
+                    await asyncio.sleep(0.01)
+                except asyncio.CancelledError:
+                    continue
+
+        @registry.job(after=0)
+        def blocked() -> None:
+            release.wait(10)
+
+        async def main() -> set[str]:
+            async with registry.running(drain="50ms"):
+                await asyncio.sleep(0.1)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            left = {task.get_name() for task in asyncio.all_tasks()} - {asyncio.current_task().get_name()}
+            release.set()
+            await asyncio.sleep(0.1)
+            return left
+
+        assert asyncio.run(main()) == {"stubborn"}
+        named = sorted(r.getMessage().split("@")[0] for r in caplog.records if "would not stop" in r.getMessage())
+        assert named == ["blocked", "stubborn"]
+
+    @pytest.mark.skipif(not hasattr(asyncio, "eager_task_factory"), reason="needs Python 3.12")
+    def test_eager_tasks(self) -> None:
+        """With an eager task factory slots, order and a run that cancels itself in its first step are right."""
+        registry = Registry()
+
+        @registry.job(parallelism=2)
+        async def work(n: int) -> int:
+            if n == 5:
+                await current_run().cancel()
+                await asyncio.sleep(1)
+            return n
+
+        async def main() -> list[object]:
+            asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+            async with registry.running():
+                runs = [await work.submit(n) for n in range(2000)]
+                with pytest.raises(RunCancelled):
+                    await runs[5].result(5)
+                return [await run.result(5) for run in runs if run is not runs[5]]
+
+        assert asyncio.run(main()) == [n for n in range(2000) if n != 5]
+
     @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_signals(self, number: int) -> None:
