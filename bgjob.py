@@ -922,13 +922,18 @@ def _name_of(function: object) -> str:
     return str(getattr(function, "__name__", None) or repr(function))
 
 
+def _is_async(function: Factory) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
 class _Plan:
     """What a signature says of a function or factory; read once, for inspect is slow."""
 
-    __slots__ = ("accepted", "any_name", "function", "needs", "required", "signature")
+    __slots__ = ("accepted", "any_name", "function", "is_async", "needs", "required", "signature")
 
     def __init__(self, function: Factory) -> None:
         self.function = function
+        self.is_async = _is_async(function)
         self.signature = _signature(function)
         parameters = self.signature.parameters.values()
         named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -1106,7 +1111,7 @@ class _Spec:
         self.name = name
         self.plan = plan
         self.function = cast(Callable[..., Awaitable[object]], plan.function)
-        self.is_async = _is_async(plan.function)
+        self.is_async = plan.is_async
         self.direct = self.is_async and not plan.needs  # called without a detour
         self.schedule, self.after = _when(s)
         scheduled = self.schedule is not None or self.after is not None
@@ -1132,8 +1137,8 @@ class _Spec:
 
 def _when(s: _Settings) -> tuple[_Every | _Cron | None, int | None]:
     """The schedule of `every` or `cron`, or the ms of `after`."""
-    written = [f"{what}={value!r}" for what, value in zip(s._fields[:3], s[:3], strict=True) if value is not None]
-    if len(written) > 1:
+    if s[:3].count(None) < 2:
+        written = [f"{what}={value!r}" for what, value in zip(s._fields[:3], s[:3], strict=True) if value is not None]
         raise ScheduleError(f"{' and '.join(written)}: a job has one schedule; stack a second @job with its own name")
     if s.tz is not None and s.cron is None:
         raise ScheduleError(f"tz={s.tz!r}: only cron has a zone; leave it out, or write cron=")
@@ -1205,10 +1210,6 @@ def _retryable(retry_on: RetryOn) -> Callable[[BaseException], bool]:
     if isinstance(retry_on, (tuple, type)) or not callable(retry_on):
         raise ScheduleError(f"retry_on={retry_on!r}: write an exception class, a tuple of them, or a predicate")
     return retry_on
-
-
-def _is_async(function: Factory) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def _check_function(function: object) -> None:
@@ -2442,10 +2443,12 @@ class Registry:
     def _add(self, settings: _Settings, function: Callable[..., object]) -> Job:
         if isinstance(function, Job):
             function = function.function
-        _check_function(function)
+        plan = self._plans.get(function) if callable(function) else None
+        if plan is None:
+            _check_function(function)
         name = _job_name(function, settings.name)
         try:
-            plan = self._plans.get(function) or self._plan(function)
+            plan = plan or self._plan(function)
             job: Job = Job(function, _Spec(name, plan, settings), self)
             self._refuse_taken(job)
         except ScheduleError as error:
