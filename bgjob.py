@@ -21,6 +21,8 @@ The map. A room uses only rooms above it; go to one by searching for its banner,
      7 Jobs          `Job`: every argument of the decorator checked once; submit, cancel, next_ticks
      8 Store         `Store`: what the engine needs of a store that several processes share
      9 Engine        one object per `run()`: wait, admit, execute, settle, drain
+    9b Sharing       the same beside other instances, with a store between them
+    10 Adapters      `SQLiteStore`
     11 Registry      `Registry` and the default one, whose bound methods are `job`, `run`, `running`, `simulate`
 
 Durations are everywhere the same: seconds (int or float), a `timedelta`, or text such as "30s",
@@ -49,6 +51,7 @@ import os
 import re
 import selectors
 import signal
+import sys
 import threading
 import time
 from bisect import bisect_left
@@ -66,15 +69,18 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
 from contextvars import ContextVar, copy_context
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from enum import StrEnum
 from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, Protocol, TypeAlias, cast, overload
+from weakref import WeakValueDictionary
 from zlib import crc32
 
 if TYPE_CHECKING:
+    import sqlite3
+
     from typing_extensions import ParamSpec, TypeVar  # checkers have it; defaults make a bare `Run` a type
 else:
     import typing
@@ -95,6 +101,7 @@ __all__ = [
     "Run",
     "RunCancelled",
     "RunFailed",
+    "SQLiteStore",
     "ScheduleError",
     "State",
     "Store",
@@ -719,6 +726,12 @@ class _Stop(StrEnum):
     TIMEOUT = "timeout"
     SHUTDOWN = "run() stopped"
     REMOVED = "job removed"
+    LEASE = "lease lost"
+    CRASH = "its process died"
+
+
+def _tick_id(job: str, at: int) -> str:
+    return f"{job}@{_iso(at)}"
 
 
 class _Owner(Protocol):
@@ -726,6 +739,9 @@ class _Owner(Protocol):
 
     async def cancel(self, run: Run) -> bool: ...
     async def ended(self, run: Run, timeout: float | None) -> None: ...
+
+
+_NOT_KEPT = object()  # the value of a run whose result stayed elsewhere
 
 
 class Run(Generic[R_co]):
@@ -750,8 +766,10 @@ class Run(Generic[R_co]):
     _id: str | None = None
     _started: float | None = None  # wall seconds
     _took: float | None = None  # s, by the monotonic clock
+    _token = 0
     _value: object = None
     _exception: BaseException | None = None
+    _done: asyncio.Event | None = None
 
     def __init__(self, job: str, at: int, kwargs: Mapping[str, object], owner: _Owner) -> None:
         self.job = job
@@ -766,13 +784,13 @@ class Run(Generic[R_co]):
         `job@2026-01-01T00:00:00Z` for a tick, `job#key` for a keyed run, else text that sorts by submission.
         """
         if self._id is None:
-            self._id = f"{self.job}@{_iso(self._at)}"
+            self._id = _tick_id(self.job, self._at)
         return self._id
 
     @property
     def token(self) -> int:
-        """Fencing token: grows with every attempt that is started. In one process it is the attempt's number."""
-        return self.attempt
+        """Fencing token: grows with every claim. Without a store it is the attempt's number."""
+        return self._token or self.attempt
 
     @property
     def tick(self) -> datetime:
@@ -811,9 +829,12 @@ class Run(Generic[R_co]):
             RunFailed: the last attempt failed; the cause is the original exception.
             RunCancelled: the run was cancelled or skipped.
             TimeoutError: it hasn't ended within `timeout`. The run itself goes on.
+            BgjobError: it ran elsewhere, and its result wasn't JSON or is no longer kept.
         """
         limit = None if timeout is None else _duration("timeout", timeout) / 1000
         await self._owner.ended(self, limit)
+        if self._value is _NOT_KEPT:
+            raise BgjobError(f"run {self.id!r} succeeded, but its result isn't JSON and stayed where it ran")
         if self.state is _SUCCEEDED:
             return cast(R_co, self._value)
         if self.state is _FAILED:
@@ -1399,26 +1420,66 @@ def _dumps(value: object) -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 
+def _loads(text: str) -> object:
+    import json
+
+    return json.loads(text)
+
+
 def _arguments(payload: str) -> tuple[tuple[object, ...], Mapping[str, object]]:
     if not payload:
         return (), _NO_ARGS
-    import json
-
-    args, kwargs = json.loads(payload)
+    args, kwargs = cast(tuple[list[object], dict[str, object]], _loads(payload))
     return tuple(args), kwargs
 
 
 # 8 Store --------------------------------------------------------------------------------------------------------------
-# What the engine needs of a store that several processes share. Instants and durations are whole milliseconds, `now` is
+# What the engine needs of a store that several instances share. Instants and durations are whole milliseconds, `now` is
 # the store's clock. Every verb is atomic, takes many at once, and is safe to repeat when a reply was lost.
 
 
-class Claimed(NamedTuple):
-    """A run as its new owner gets it; `args` is the JSON that was pushed, "" for a tick."""
+class Unreachable(StoreError):
+    """The store doesn't answer, or is locked: an outage, which ends by itself. Any other `StoreError` doesn't."""
+
+
+class Listing(NamedTuple):
+    """A job that an instance executes, as the store and `bgjob status` know it."""
+
+    schedule: str  # JSON; a text that differs from the stored one is another schedule, which has missed nothing
+    immediate: bool
+    timeout: int | None
+
+
+class Tick(NamedTuple):
+    """A tick of which one instance gets the run."""
 
     id: str
     job: str
     at: int
+    delay: int
+    limit: int  # unfinished ticks of the job beyond which it is skipped
+    hold: bool  # or kept for later, where overlap="all"
+    free: int  # runs of the job that may start here ...
+    parallelism: int  # ... and everywhere
+
+
+class Call(NamedTuple):
+    """A submitted run; `args` is JSON, `at` the asked-for instant, or None: `delay` from now."""
+
+    id: str
+    job: str
+    at: int | None
+    delay: int
+    args: str
+
+
+class Claimed(NamedTuple):
+    """A run as its new owner gets it. `lost` of its `tries` claims ended with their process."""
+
+    id: str
+    job: str
+    at: int
+    call: bool
     args: str
     tries: int
     lost: int
@@ -1426,46 +1487,126 @@ class Claimed(NamedTuple):
     cancel: bool
 
 
+class Answer(NamedTuple):
+    """What became of a tick: of the words, "full" is a held one, and "early" one that the store's clock hasn't reached.
+
+    `last` is the newest tick of the job that was handed out. Where a slot was free, the winner has its `run` at once.
+    """
+
+    tick: Tick
+    word: Literal["won", "skipped", "full", "lost", "early"]
+    last: int
+    run: Claimed | None = None
+
+
+class News(NamedTuple):
+    """What a claim brings: runs, when to ask again at the latest, and which of the owner's runs are to be cancelled."""
+
+    now: int
+    runs: Sequence[Claimed]
+    next_due: int | None
+    cancelled: Sequence[str]
+
+
+class Settlement(NamedTuple):
+    """The end of an attempt: the run's last state, or "scheduled", which is again after `delay`, or if `back` at once
+    and as if it had not been claimed."""
+
+    id: str
+    token: int
+    job: str
+    at: int
+    call: bool
+    state: State
+    delay: int
+    back: bool
+    attempt: int
+    error: str | None
+    reason: str | None
+    result: str | None  # JSON; None where it can't be
+
+
+class Cancelled(NamedTuple):
+    """A run that a cancel found: its owner was signalled, or it was waiting and is removed."""
+
+    signalled: bool
+    at: int
+
+
+_Settled: TypeAlias = Literal["done", "cancelled", "refused"]
+
+
+class Row(NamedTuple):
+    """A run as the store knows it, finished or not."""
+
+    id: str
+    job: str
+    state: State
+    at: int
+    due: int  # when it may be claimed; of a running one the end of its lease
+    args: str
+    attempt: int
+    token: int
+    owner: str | None
+    since: int | None  # start of the current or last attempt
+    finished: int | None
+    error: str | None
+    reason: str | None
+    result: str | None
+
+
 class Store(Protocol):
     """The verbs of a shared store. Losing a tick or a fenced write is a normal answer, not an error.
 
-    A store that can't be reached raises `StoreError`.
+    A store that can't be reached raises `StoreError`; each verb gives up in less than a quarter of `lease`.
+
+    Attributes:
+        lease: ms that a claim lasts without a beat.
+        poll: ms after which to claim even if no hint came.
     """
 
-    async def enlist(self, jobs: Mapping[str, tuple[str, int | None]]) -> tuple[int, Mapping[str, int]]:
-        """`{job: (schedule's text, tick before now where immediate)} -> now, {job: last tick handed out}`."""
+    lease: int
+    poll: int
+
+    async def open(self, owner: str, hint: Callable[[], None]) -> None:
+        """Begin; one instance at a time per object. Call `hint` when something may be due, cancelled or finished."""
         ...
 
-    async def tick(
-        self, ticks: Sequence[tuple[str, int, int, int]]
-    ) -> Sequence[Literal["won", "skipped", "lost", "early"]]:
-        """`[(job, at, delay, limit of unfinished ticks)]`: hand each out to one instance, once."""
+    async def close(self) -> None:
+        """End, and leave nothing behind."""
         ...
 
-    async def push(self, calls: Sequence[tuple[str, str, int, str]]) -> Sequence[bool]:
-        """`[(id, job, delay, args)]`: durable calls; False where the id is taken."""
+    async def enlist(self, jobs: Mapping[str, Listing]) -> tuple[int, Mapping[str, int]]:
+        """Make the jobs known: `now, {job: last tick handed out}`. A new or changed one begins now: with nothing to
+        catch up, and if new and `immediate` with a run whose tick is now."""
         ...
 
-    async def claim(
-        self, owner: str, free: Mapping[str, int], lease: int
-    ) -> tuple[Sequence[Claimed], int | None, Sequence[str]]:
-        """Due runs of these jobs for this owner, when the next is due, and the ids of its runs to cancel."""
+    async def tick(self, ticks: Sequence[Tick]) -> tuple[int, Sequence[Answer]]:
+        """`now` and an answer for each tick, of which there is one a job."""
         ...
 
-    async def beat(self, runs: Sequence[tuple[str, int]], lease: int) -> Mapping[str, bool]:
-        """`[(id, token)] -> {id: cancel}`: extend the leases; an id that is missing is lost."""
+    async def push(self, calls: Sequence[Call], wake: bool) -> Sequence[int | None]:
+        """Store calls: the instant of each, None where the id is taken. `wake`: hint to the other instances."""
         ...
 
-    async def settle(self, outcomes: Sequence[tuple[str, int, State, int, str]]) -> Sequence[bool]:
-        """`[(id, token, state, delay where scheduled again, result as JSON or error)]`; False where fenced off."""
+    async def claim(self, free: Mapping[str, tuple[int, int]]) -> News:
+        """`{job: (free slots here, parallelism everywhere)}`: take the oldest due runs of each."""
         ...
 
-    async def cancel(self, id: str) -> Literal["removed", "signalled", "gone"]:
-        """Finish a waiting run as cancelled, or flag a running one for its owner."""
+    async def beat(self, runs: Mapping[str, int]) -> Mapping[str, bool]:
+        """`{id: token} -> {id: cancel}`: extend the leases; an id that is missing is lost."""
         ...
 
-    async def wait(self, timeout: int) -> None:
-        """Return early when something may be due, cancelled or finished; a hint."""
+    async def settle(self, ended: Sequence[Settlement]) -> Sequence[_Settled]:
+        """Record ends: "cancelled" is an again that found the run cancelled, "refused" one by a stale token."""
+        ...
+
+    async def cancel(self, job: str, id: str | None = None) -> Mapping[str, Cancelled]:
+        """Finish a waiting run as cancelled, flag a running one for its owner. Without `id`, all runs of the job."""
+        ...
+
+    async def find(self, id: str, watch: bool = False) -> Row | None:
+        """The run, unless it is unknown or no longer kept. `watch`: hint when it ends."""
         ...
 
 
@@ -1497,13 +1638,15 @@ _SUCCESS = _Outcome(_SUCCEEDED)
 def _judge(stop: _Stop | None, error: BaseException | None, timeout: int | None) -> _Outcome:
     """A reason written before the task was cancelled decides, whatever the function then returned or raised.
 
-    Only what ended well in spite of a shutdown has ended well.
+    Only what ended well in spite of a shutdown has ended well; and of a lost lease, if the store takes the result.
     """
     if stop is _Stop.TIMEOUT:
         late = TimeoutError(f"no end within {_span(timeout or 0)}")
         late.__cause__ = error  # its traceback shows where the function hung
         return _Outcome(_FAILED, late)
-    if stop is None or (stop is _Stop.SHUTDOWN and error is None):
+    if stop is _Stop.CRASH:
+        return _Outcome(_FAILED, BgjobError(stop))
+    if stop is None or (stop in (_Stop.SHUTDOWN, _Stop.LEASE) and error is None):
         return _SUCCESS if error is None else _Outcome(_FAILED, error)
     return _Outcome(_CANCELLED, None, stop)
 
@@ -1544,14 +1687,17 @@ class _Lane:
         grid = self.grid(due)
         newest = _newest(grid, due, now) or due
         self.ticks = grid.ticks(newest)
-        if not _log.isEnabledFor(logging.WARNING):
-            return newest
-        count = _count(grid, due, newest, _COUNTED)
+        _log_gap(self.spec.name, grid, due, newest)
+        return newest
+
+
+def _log_gap(job: str, grid: _Schedule, first: int, last: int) -> None:
+    if _log.isEnabledFor(logging.WARNING):
+        count = _count(grid, first, last, _COUNTED)
         _log.warning(
             "job %r: %s ticks came due together, %s to %s: only the newest runs",
-            self.spec.name, count if count != _COUNTED else f"{count} or more", _iso(due), _iso(newest),
+            job, count if count != _COUNTED else f"{count} or more", _iso(first), _iso(last),
         )  # fmt: skip
-        return newest
 
 
 class _Live(Run[object]):
@@ -1561,7 +1707,10 @@ class _Live(Run[object]):
     elapsed = True  # its due time is a delay, so it moves along when the clock is set back; False for `at`
     task: asyncio.Task[None] | None = None
     stop: _Stop | None = None
-    done: asyncio.Event | None = None
+    stored = False  # in a shared store, not in this process alone
+    gone = False  # and another instance's by now
+    lost = 0  # claims that ended with their process
+    leased = 0.0  # monotonic time at which the claim or the last beat was asked for
 
     def __init__(self, lane: _Lane, at: int, kwargs: Mapping[str, object], owner: _Owner) -> None:
         self.job = lane.spec.name
@@ -1616,7 +1765,7 @@ class _Engine:
         self._on_event = on_event
         self._clock = clock
         self._mono = clock.mono
-        self._offset = clock.wall() - clock.mono()
+        self._offset: float = clock.wall() - clock.mono()
         self._now = round(clock.wall() * 1000)
         self._thread = threading.get_ident()
         self._context = copy_context()
@@ -1652,16 +1801,19 @@ class _Engine:
         try:
             for need in _app_needs(job._spec.plan for job in jobs):
                 await self._app.get(need)
+            await self._begin(jobs)
         except BaseException:
             registry._engine = None
             await self._app.close(_GRACE)
             raise
+        self._arm()
+
+    async def _begin(self, jobs: Sequence[Job]) -> None:
         self._read_clocks()
         for job in jobs:
             self._enter(job)
         heapq.heapify(self._heap)
         _log.info("bgjob %s runs %d jobs", __version__, len(self._lanes))
-        self._arm()
 
     def _enter(self, job: Job) -> None:
         lane = _Lane(job._spec, next(self._seq))
@@ -1720,12 +1872,11 @@ class _Engine:
         if self._timer is not None:
             self._timer.cancel()
         cancelled: asyncio.CancelledError | None = None
-        for stage in (self._wait_for_runs, self._cut_runs, self._close_app):
+        for stage in (self._wait_for_runs, self._cut_runs, self._close_app, self._abandon_runs):
             try:
                 await stage()
             except asyncio.CancelledError as error:
                 cancelled = error
-        self._abandon_runs()
         self._registry._engine = None
         if cancelled is not None:
             raise cancelled
@@ -1755,7 +1906,7 @@ class _Engine:
         if self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
 
-    def _abandon_runs(self) -> None:
+    async def _abandon_runs(self) -> None:
         """Name what would not stop, and what memory can't keep."""
         self._closed = True
         for run in list(self._live):
@@ -1851,10 +2002,11 @@ class _Engine:
             if not heap or heap[0][0] > now:
                 break
             due, seq, item = heap[0]
-            if type(item) is not _Lane:
+            if type(item) is _Live:
                 heapq.heappop(heap)
-                self._ready(cast(_Live, item))
+                self._ready(item)
                 continue
+            item = cast(_Lane, item)
             every_one = item.spec.overlap == "all"
             if every_one and item.unfinished >= item.limit:
                 heapq.heappop(heap)
@@ -1927,10 +2079,11 @@ class _Engine:
     def _start(self, run: _Live) -> None:
         lane, spec = run.lane, run.lane.spec
         late = self._now - run._at
-        if spec.expires is not None and not run.attempt and late > spec.expires:
+        first = run._started is None
+        if spec.expires is not None and first and late > spec.expires:
             self._end(run, _SKIPPED, f"expired: {_span(late)} late, expires={_span(spec.expires)}")
             return
-        if late > _LATE + spec.jitter and not run.call and not run.attempt:
+        if late > _LATE + spec.jitter and first and not run.call:
             _log.warning("%s starts %s late", run, _span(late))
         lane.busy += 1
         run.attempt += 1
@@ -1943,7 +2096,7 @@ class _Engine:
             self._finish(run, _Outcome(_FAILED, error))
             return
         self._fresh.append(run)
-        if run.done is not None:
+        if run._done is not None:
             self.loop.call_soon(self._check_entered)
         if run.stop is not None and run.state is _RUNNING:
             # An eager task factory ran the first steps inside create_task, and they cancelled this very run when it
@@ -2059,7 +2212,7 @@ class _Engine:
         spec, error = run.lane.spec, cast(BaseException, failed.error)
         run.error, run._exception = _summary(error), error
         try:
-            if _verdict(run.attempt, 0, spec.retries, spec.on_crash) == "run" and spec.retryable(error):
+            if _verdict(run.attempt, run.lost, spec.retries, spec.on_crash) == "run" and spec.retryable(error):
                 return _Outcome(_SCHEDULED, error, delay=spec.delay(run.attempt, f"{run.id} {run.attempt}"))
         except Exception as bug:
             _log.error("%s: retry_on or retry_delay failed: %s", run, _summary(bug), exc_info=bug)
@@ -2116,37 +2269,44 @@ class _Engine:
         self._arm()
 
     def _again(self, run: _Live, delay: int) -> None:
+        self._tell_again(run, delay)
+        self._read_clocks()
+        self._schedule(run, self._now + delay)
+        self._arm()
+
+    def _tell_again(self, run: _Live, delay: int) -> None:
         _log.warning(
             "%s failed at attempt %d of %d: %s; retry in %s",
             run, run.attempt, run.lane.spec.retries + 1, run.error, _span(delay),
         )  # fmt: skip
         run.state, run.stop = _SCHEDULED, None
         self._emit(run)
-        self._read_clocks()
-        self._schedule(run, self._now + delay)
-        self._arm()
 
     def _end(self, run: _Live, state: State, reason: str | None = None) -> None:
-        """A run's last change of state: told to the log, the hook, the waiters and the past."""
-        run.state = state
-        if reason is not None:
-            run.reason = reason
+        """The end of a run, in this process's books."""
         if run.call:
             del self._calls[run.id]
         else:
             run.lane.unfinished -= 1
             if run.lane.parked is not None:
                 self._free(run.lane)
+        self._tell(run, state, reason)
+        if run.call or state is not _SUCCEEDED:
+            self._past.add(run, self._now)
+
+    def _tell(self, run: Run, state: State, reason: str | None = None) -> None:
+        """A run's last change of state: told to the log, the hook and the waiters."""
+        run.state = state
+        if reason is not None:
+            run.reason = reason
         if state is not _SUCCEEDED or _log.isEnabledFor(logging.INFO):
             _log_end(run)
         if self._on_event is not None:
             self._emit(run)
-        if run.done is not None:
-            run.done.set()
-        if run.call or state is not _SUCCEEDED:
-            self._past.add(run, self._now)
+        if run._done is not None:
+            run._done.set()
 
-    def _emit(self, run: _Live) -> None:
+    def _emit(self, run: Run) -> None:
         if self._on_event is None:
             return
         try:
@@ -2156,7 +2316,7 @@ class _Engine:
 
     # What users ask for
 
-    def submit(self, job: Job, payload: str, delay: int, at: int | None, key: str | None) -> Run:
+    async def submit(self, job: Job, payload: str, delay: int, at: int | None, key: str | None) -> Run:
         lane = self._lanes.get(job.name)
         if self._closing:
             raise BgjobError(f"job {job.name!r}: submit(): run() is stopping, and memory would lose the run")
@@ -2187,7 +2347,7 @@ class _Engine:
             return False
         return True
 
-    def cancel_all(self, job: Job) -> int:
+    async def cancel_all(self, job: Job) -> int:
         lane = self._lanes.get(job.name)
         runs = [run for run in self._unfinished() if run.lane is lane]
         return sum(self._cancel(run) for run in runs)
@@ -2195,16 +2355,15 @@ class _Engine:
     async def ended(self, run: Run, timeout: float | None) -> None:
         if run.state not in (_SCHEDULED, _RUNNING):
             return
-        live = cast(_Live, run)
-        live.done = live.done or asyncio.Event()
+        run._done = run._done or asyncio.Event()
         self.loop.call_soon(self._check_entered)
         try:
             async with asyncio.timeout(timeout):
-                await live.done.wait()
+                await run._done.wait()
         except TimeoutError:
             raise TimeoutError(f"run {run.id!r} has not ended within {timeout:g} s; it is {run.state}") from None
 
-    def find(self, id: str) -> Run | None:
+    async def find(self, id: str) -> Run | None:
         known = self._calls.get(id) or self._past.get(id)
         return known or next((run for run in self._unfinished() if run.id == id), None)
 
@@ -2303,6 +2462,1199 @@ def _is_runners(handler: object) -> bool:
     """Whether asyncio.run installed it: it would cancel the main task, without a drain."""
     method = getattr(handler, "func", None)
     return isinstance(getattr(method, "__self__", None), asyncio.Runner)
+
+
+# 9b Sharing -----------------------------------------------------------------------------------------------------------
+# The engine beside others, with a store between them. A due tick goes from the heap to `_wanted`, is won in the store,
+# taken and started; the end of a run goes to `_ended`, and is told once the store has it.
+
+_PATIENCE = 5.0  # s that whoever submits or cancels waits for a store
+_BACKOFF_FIRST, _BACKOFF_LAST = 500, 30_000  # ms between two tries to reach a store that is down
+_AT_ONCE = 500  # ticks or ends in one call: more would hold the store's lock, and on SQLite the loop, for too long
+_YIELD = 0.005  # s after which a loop that does nothing but submit lets others run
+_TRUST = 0.8  # of a lease, without a beat: then another instance may soon start the run, so it is cancelled here
+
+
+class _SharedLane(_Lane):
+    """A lane whose ticks are handed out by a store: it is in the heap, or in the pump's hands, or parked."""
+
+    __slots__ = ("at", "following", "missed", "walk")
+
+    def __init__(self, spec: _Spec, seq: int) -> None:
+        super().__init__(spec, seq)
+        self.at: int = 0  # the next tick
+        self.following: int | None = None  # the one after it
+        self.missed: int | None = None  # the first of those that came due together with it
+        self.walk: Iterator[int] = iter(())  # those after that
+
+    def move(self, last: int) -> bool:
+        """Make the first tick after `last` the next one; False where there is none."""
+        if last != self.at or self.following is None:
+            self.walk = cast(_Schedule, self.spec.schedule).ticks(last)
+            self.following = next(self.walk, None)
+        if self.following is None:
+            return False
+        self.at, self.following = self.following, next(self.walk, None)
+        return True
+
+    def offer(self, now: int) -> Tick:
+        """The tick to ask for: of several that are due the newest, or with overlap="all" the oldest."""
+        spec = self.spec
+        every_one = spec.overlap == "all"
+        if self.following is not None and self.following <= now and not every_one:
+            self.missed = self.at if self.missed is None else self.missed
+            self.move((_newest(cast(_Schedule, spec.schedule), self.at, now) or self.at) - 1)
+        upto = spec.jitter if self.following is None else min(spec.jitter, self.following - self.at)
+        id = _tick_id(spec.name, self.at)
+        delay = _spread(id, upto) if upto else 0
+        free = max(0, spec.parallelism - self.busy)
+        return Tick(id, spec.name, self.at, delay, self.limit, every_one, free, spec.parallelism)
+
+
+class _Ended(NamedTuple):
+    """The end of an attempt that the store has yet to learn."""
+
+    run: _Live
+    state: State
+    reason: str | None
+    delay: int = 0
+    back: bool = False
+
+    def settlement(self) -> Settlement:
+        run = self.run
+        result = _result_json(run._value) if self.state is _SUCCEEDED else None
+        return Settlement(
+            run.id, run._token, run.job, run._at, run.call, self.state, self.delay, self.back,
+            run.attempt, run.error, self.reason or run.reason, result,
+        )  # fmt: skip
+
+
+class _Shared(_Engine):
+    """Executes the jobs of a registry beside other instances. Jobs with `after` stay in this process, as in memory."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        jobs: Sequence[str] | None,
+        drain: int,
+        on_event: Callable[[Run], object] | None,
+        clock: _Clock,
+        store: Store,
+    ) -> None:
+        super().__init__(registry, jobs, drain, on_event, clock)
+        self._store = store
+        self._lease = store.lease / 1000
+        self._arrivals: dict[_SharedLane, bool] = {}  # to be enlisted; True where new, else once more after an outage
+        self._wanted: dict[_SharedLane, None] = {}  # a tick of theirs is due
+        self._ended: list[_Ended] = []
+        self._look: dict[_Lane, None] = {}  # may have due runs in the store
+        self._held: dict[str, _Live] = {}  # claimed, and not settled yet
+        self._handles: WeakValueDictionary[str, _Live] = WeakValueDictionary()
+        self._next_due = 0
+        self._poked = asyncio.Event()
+        self._synced = self._ending = False
+        self._poll: asyncio.TimerHandle | None = None
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._watched: set[Run] = set()
+        self._reached = asyncio.Event()
+        self._down_since: float | None = None
+        self._failures = 0
+        self._doubt = False  # a settle whose reply was lost may have been applied
+        self._yielded = 0.0
+
+    # Open and close
+
+    async def _begin(self, jobs: Sequence[Job]) -> None:
+        owner = _owner_name(self._clock.entropy())
+        await self._store.open(owner, self._hint)
+        try:
+            for job in jobs:
+                self._enter(job)
+            heapq.heapify(self._heap)
+            try:
+                await self._enlist()
+            except Unreachable as error:
+                self._went_down(error)
+        except BaseException:
+            await self._store.close()
+            raise
+        _log.info("bgjob %s runs %d jobs as %s", __version__, len(self._lanes), owner)
+        self._spawn("pump", self._pump)
+        self._spawn("keeper", self._keeper)
+        self._look_everywhere()
+
+    def _spawn(self, name: str, duty: Callable[[], Coroutine[object, object, None]]) -> None:
+        """Keep a task for a duty. Somebody who cancels all tasks of the loop may not end it: runs would hang."""
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not self._ending:
+                self._spawn(name, duty)
+
+        task = self._tasks[name] = self.loop.create_task(duty(), name=f"bgjob {name}")
+        task.add_done_callback(ended)
+
+    def _enter(self, job: Job) -> None:
+        lane = _SharedLane(job._spec, next(self._seq))
+        self._lanes[job.name] = lane
+        self._arrivals[lane] = True
+        if job._spec.after is not None:
+            self._heap.append((self._now + job._spec.after, lane.seq, lane))
+        self._poked.set()
+
+    def _retire(self, lane: _Lane) -> None:
+        super()._retire(lane)
+        self._arrivals.pop(cast(_SharedLane, lane), None)
+        self._wanted.pop(cast(_SharedLane, lane), None)
+        self._look.pop(lane, None)
+
+    async def _abandon_runs(self) -> None:
+        """What would not stop keeps its lease, which then ends by itself; the pump tells the store all the rest."""
+        for run in self._live:
+            run.gone = True
+        await super()._abandon_runs()
+        self._ending = True
+        self._poked.set()
+        try:
+            await asyncio.wait({self._tasks["pump"]}, timeout=_GRACE)
+            if self._ended:
+                _log.error("store unreachable: %d results are lost with this process", len(self._ended))
+        finally:
+            for task in self._tasks.values():
+                task.cancel()
+            if self._poll is not None:
+                self._poll.cancel()
+            self._look_again()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            await self._store.close()
+
+    # Wait
+
+    def _read_clocks(self) -> None:
+        self._now = int((self._mono() + self._offset) * 1000)
+
+    def _heard(self, now: int, asked: float) -> None:
+        """The store's clock, from an answer to what was asked at `asked`.
+
+        It was read between then and now, and is cut to whole milliseconds: what is known of it is an interval. Within
+        that nothing is changed, so that the timer is neither early, which costs a second question, nor late.
+        """
+        low, high = now / 1000 - self._mono(), (now + 1) / 1000 - asked
+        step = 0.0 if low <= self._offset <= high else (low if self._offset < low else high) - self._offset
+        self._offset += step
+        self._read_clocks()
+        if abs(step) > _JUMP and self._synced:
+            _log.warning("the store's clock went %s by %s", "forward" if step > 0 else "back", _span(abs(step) * 1000))
+            self._armed = math.inf
+            self._arm()
+        self._synced = True
+
+    def _hint(self) -> None:
+        self._look_again()
+        self._look_everywhere()
+
+    def _look_again(self) -> None:
+        """Whoever waits for the end of a run that is executed elsewhere asks for it."""
+        for run in self._watched:
+            cast(asyncio.Event, run._done).set()
+
+    def _look_everywhere(self) -> None:
+        self._look = dict.fromkeys(self._lanes.values())
+        self._poked.set()
+
+    def _plan(self) -> None:
+        """Look again when the next run is due, and now and then even so: hints may be lost, and instances die."""
+        self._read_clocks()
+        if self._poll is not None:
+            self._poll.cancel()
+        when = min(self._next_due, self._now + self._store.poll) / 1000 - self._offset
+        self._poll = self.loop.call_at(when, self._look_everywhere)
+
+    async def _pump(self) -> None:
+        while not self._ending or self._ended:
+            try:
+                await self._poked.wait()
+                self._poked.clear()
+                await self._exchange()
+            except StoreError as error:
+                self._went_down(error)
+                await self._back_off()
+            except Exception as bug:  # else one bug would stop every job for good
+                _log.error("bgjob itself failed: %s", _summary(bug), exc_info=bug)
+                await asyncio.sleep(1)
+            self._plan()
+
+    async def _exchange(self) -> None:
+        """What there is to say to the store, each verb once for all."""
+        if self._fresh:
+            self._check_entered()
+        if self._arrivals and not self._closing:
+            await self._enlist()
+        settled = len(self._ended)
+        while self._ended:
+            await self._settle()
+        while self._wanted and not self._closing:
+            await self._hand_out()
+        if self._down_since is not None or (self._look and not self._closing):
+            await self._claim()
+        if self._down_since is not None:
+            self._came_back(settled)
+
+    def _went_down(self, error: StoreError) -> None:
+        if self._down_since is None:
+            _log.warning("store unreachable: %s; retrying", error)
+            self._down_since = self._mono()
+        self._failures += 1
+        self._doubt = True
+        for lane in self._lanes.values():
+            self._arrivals.setdefault(cast(_SharedLane, lane), False)  # it may have lost everything
+        self._reached.clear()
+        self._poked.set()
+
+    def _came_back(self, settled: int) -> None:
+        gone, self._down_since, self._failures = self._mono() - cast(float, self._down_since), None, 0
+        _log.warning("store back after %s, %d results settled", _span(gone * 1000), settled)
+
+    async def _back_off(self) -> None:
+        """Wait before the next try; shorter where a beat has come through, or at the end, when there's little time."""
+        top = min(_BACKOFF_FIRST << min(self._failures - 1, 10), _BACKOFF_LAST)
+        delay = top - _spread(f"{id(self)} {self._failures}", top // 2)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(min(delay, 200 if self._ending else delay) / 1000):
+                await self._reached.wait()
+
+    # Admit
+
+    async def _enlist(self) -> None:
+        lanes = list(self._arrivals)
+        asked = self._mono()
+        now, lasts = await self._store.enlist({lane.spec.name: _listing(lane.spec) for lane in lanes})
+        self._heard(now, asked)
+        for lane in lanes:
+            new = self._arrivals.pop(lane, False)  # also where it was removed meanwhile
+            if new and lane.spec.schedule is not None and lane.move(lasts[lane.spec.name]):
+                heapq.heappush(self._heap, (lane.at, lane.seq, lane))
+        self._look_everywhere()
+        self._arm()
+
+    def _tick(self, lane: _Lane, at: int, following: int | None) -> None:
+        if lane.spec.schedule is None:
+            super()._tick(lane, at, following)
+        else:
+            self._wanted[cast(_SharedLane, lane)] = None
+            self._poked.set()
+
+    async def _hand_out(self) -> None:
+        self._read_clocks()
+        lanes = list(itertools.islice(self._wanted, _AT_ONCE))
+        asked = self._mono()
+        now, answers = await self._store.tick([lane.offer(self._now) for lane in lanes])
+        self._heard(now, asked)
+        for lane, answer in zip(lanes, answers, strict=True):
+            if lane in self._wanted:  # else its job was removed meanwhile, and only what it won still counts
+                del self._wanted[lane]
+                self._answered(lane, answer)
+            if answer.run is not None:
+                self._take(answer.run, asked, lane)
+        self._arm()
+
+    def _answered(self, lane: _SharedLane, answer: Answer) -> None:
+        tick = answer.tick
+        if answer.word == "early":
+            heapq.heappush(self._heap, (max(tick.at, self._now + 1), lane.seq, lane))
+            return
+        if answer.word == "full":
+            lane.parked = tick.at
+            return
+        if answer.word == "skipped":
+            self._overlapped(_Live(lane, tick.at, lane.spec.args, self))
+        elif answer.word == "won":
+            self._won(lane, answer)
+        lane.missed = None
+        if lane.move(max(tick.at, answer.last)):
+            heapq.heappush(self._heap, (lane.at, lane.seq, lane))
+
+    def _won(self, lane: _SharedLane, answer: Answer) -> None:
+        tick = answer.tick
+        if lane.missed is not None:
+            _log_gap(lane.spec.name, cast(_Schedule, lane.spec.schedule), lane.missed, tick.at)
+        if lane.skipped:
+            _log.warning("job %r runs again: %d ticks were skipped", lane.spec.name, lane.skipped)
+            lane.skipped = 0
+        if answer.run is None:
+            self._expect(lane, tick.at + tick.delay)
+
+    def _expect(self, lane: _Lane, due: int) -> None:
+        """The store has a run of this lane that is due then."""
+        if due > self._now:
+            self._next_due = min(self._next_due, due)
+        else:
+            self._look[lane] = None
+        self._poked.set()
+
+    async def _claim(self) -> None:
+        lanes, self._look = self._look, {}
+        everywhere = len(lanes) >= len(self._lanes)
+        free = {
+            lane.spec.name: (lane.spec.parallelism - lane.busy, lane.spec.parallelism)
+            for lane in lanes
+            if lane.busy < lane.spec.parallelism and self._lanes.get(lane.spec.name) is lane
+        }
+        asked = self._mono()
+        try:
+            news = await self._store.claim(free)
+        except BaseException:
+            self._look.update(lanes)
+            raise
+        self._heard(news.now, asked)
+        next_due = sys.maxsize if news.next_due is None else news.next_due
+        self._next_due = next_due if everywhere else min(self._next_due, next_due)
+        for claimed in news.runs:
+            self._take(claimed, asked)
+        for id in news.cancelled:
+            if id in self._held:
+                self._cut(self._held[id], _Stop.CANCEL)
+        for lane in lanes:
+            if lane.parked is not None:
+                self._unpark(cast(_SharedLane, lane))
+
+    def _unpark(self, lane: _SharedLane) -> None:
+        lane.parked = None
+        self._wanted[lane] = None
+        self._poked.set()
+
+    def _take(self, claimed: Claimed, asked: float, lane: _Lane | None = None) -> None:
+        """Start a run that the store gave us."""
+        lane = self._lanes.get(claimed.job) or cast(_Lane, lane)
+        run = self._handles.get(claimed.id) if claimed.call else None
+        if run is None or run in self._live:  # an attempt of it whose lease was lost may still be ending here
+            run = self._handle(claimed.id, lane, claimed.at, claimed.call, claimed.args)
+        run.stored, run.gone, run.leased, run.lost = True, False, asked, claimed.lost
+        run.attempt, run._token = claimed.tries - 1, claimed.token
+        if claimed.token > 1:
+            run._started = run._started or self._now / 1000  # judged by `expires` when it first started
+        # Its own claim, which is counted already, has yet to end.
+        if claimed.lost and _verdict(claimed.tries - 1, claimed.lost, lane.spec.retries, lane.spec.on_crash) == "fail":
+            run.stop, run.attempt = _Stop.CRASH, claimed.tries - 2
+        self._held[claimed.id] = run
+        if claimed.cancel:
+            self._end(run, _CANCELLED, _Stop.CANCEL)
+        elif self._closing:
+            self._send(_Ended(run, _SCHEDULED, _Stop.SHUTDOWN, back=True))
+        else:
+            self._start(run)
+
+    def _handle(self, id: str, lane: _Lane, at: int, call: bool, payload: str) -> _Live:
+        run = _Live(lane, at, _NO_ARGS if call else lane.spec.args, self)
+        run._id, run.call = id, call
+        if call:
+            run.args, run.kwargs = _arguments(payload)
+            _, mark, key = id.partition("#")
+            run.key = key if mark else None
+        return run
+
+    # Settle
+
+    def _cut(self, run: _Live, why: _Stop) -> None:
+        if run in self._live:
+            self._interrupt(run, why)
+
+    def _again(self, run: _Live, delay: int) -> None:
+        if run.stored:
+            self._send(_Ended(run, _SCHEDULED, None, delay))
+        else:
+            super()._again(run, delay)
+
+    def _end(self, run: _Live, state: State, reason: str | None = None) -> None:
+        if not run.stored:
+            super()._end(run, state, reason)
+        elif run.gone:
+            self._let_go(run, reason or _Stop.LEASE)
+        elif reason in (_Stop.SHUTDOWN, _Stop.LEASE) and run.lane.spec.on_crash == "rerun":
+            self._send(_Ended(run, _SCHEDULED, reason, back=True))
+        else:
+            self._send(_Ended(run, state, reason))
+
+    def _send(self, end: _Ended) -> None:
+        self._ended.append(end)
+        self._poked.set()
+
+    async def _settle(self) -> None:
+        ended = self._ended[:_AT_ONCE]
+        answers = await self._store.settle([end.settlement() for end in ended])
+        del self._ended[: len(ended)]
+        doubt, self._doubt = self._doubt, bool(self._ended) and self._doubt
+        for end, answer in zip(ended, answers, strict=True):
+            run = end.run
+            self._held.pop(run.id, None)
+            self._look[run.lane] = None
+            if answer == "refused" and not (doubt and self._mono() - run.leased < self._lease):  # else it was applied
+                self._let_go(run, _Stop.LEASE)
+            elif answer == "cancelled":
+                self._tell(run, _CANCELLED, _Stop.CANCEL)
+            elif end.back:
+                self._handed_back(run, cast(str, end.reason))
+            elif end.state is _SCHEDULED:
+                self._tell_again(run, end.delay)
+            else:
+                self._tell(run, end.state, end.reason)
+
+    def _let_go(self, run: _Live, reason: str) -> None:
+        """The run is another instance's, or will be when its lease ends; what happened here doesn't count."""
+        self._held.pop(run.id, None)
+        _log.warning("%s: %s; its attempt %d here does not count", run, reason, run.attempt)
+        self._put_back(run, reason)
+
+    def _handed_back(self, run: _Live, reason: str) -> None:
+        _log.info("%s handed back: %s", run, reason)
+        run.attempt -= 1
+        self._put_back(run, reason)
+
+    def _put_back(self, run: _Live, reason: str) -> None:
+        run.state, run.reason, run.stop = _SCHEDULED, reason, None
+        self._emit(run)
+        if run._done is not None:
+            run._done.set()
+
+    # Beat
+
+    async def _keeper(self) -> None:
+        """Extend the leases of all that is held; cancel what can't be trusted to be ours any more."""
+        while True:
+            oldest = min((run.leased for run in self._held.values()), default=None)
+            due = self._lease / 3 if oldest is None else oldest + self._lease / 3 - self._mono()
+            await asyncio.sleep(max(due, self._lease / 30))
+            await self._beat()
+
+    async def _beat(self) -> None:
+        held = self._held.copy()
+        asked = self._mono()
+        fence = min((run.leased for run in held.values()), default=asked) + self._lease * _TRUST - asked
+        try:
+            async with asyncio.timeout(max(0.01, min(self._lease / 4, fence))):
+                answers = await self._store.beat({id: run._token for id, run in held.items()})
+        except (StoreError, TimeoutError) as error:
+            self._went_down(error if isinstance(error, StoreError) else Unreachable("no answer to a beat"))
+            for run in held.values():
+                if self._mono() - run.leased >= self._lease * _TRUST:
+                    self._cut(run, _Stop.LEASE)
+            return
+        self._reached.set()
+        for id, run in held.items():
+            if id in answers:
+                run.leased = asked
+            if answers.get(id):
+                self._cut(run, _Stop.CANCEL)
+            elif id not in answers and self._held.get(id) is run and run in self._live:
+                run.gone = True
+                self._cut(run, _Stop.LEASE)
+
+    # What users ask for
+
+    async def _insist(self, what: str, verb: Callable[[], Awaitable[T]]) -> T:
+        """The answer to a verb, or `StoreError` after some seconds; safe to repeat, as all of them are."""
+        began = self._mono()
+        while True:
+            left = began + _PATIENCE - self._mono()
+            try:
+                async with asyncio.timeout(max(0.0, left)):
+                    answer = await verb()
+                self._reached.set()
+                return answer
+            except (Unreachable, TimeoutError) as error:
+                if left < _PATIENCE / 20:
+                    why = f": {error}" if isinstance(error, Unreachable) else ""
+                    raise StoreError(f"{what}: the store gave no answer within {_PATIENCE:g} s{why}") from error
+            await asyncio.sleep(min(0.2, max(0.0, left)))
+
+    async def submit(self, job: Job, payload: str, delay: int, at: int | None, key: str | None) -> Run:
+        if self._closed:
+            raise BgjobError(f"job {job.name!r}: submit(): run() has stopped")
+        lane = self._lanes.get(job.name)
+        self._read_clocks()
+        id = self._ids.new(self._now) if key is None else f"{job.name}#{key}"
+        call = Call(id, job.name, at, delay, payload)
+        wake = lane is None or lane.busy >= lane.spec.parallelism
+        while True:
+            (stored,) = await self._insist(f"job {job.name!r}: submit()", lambda: self._store.push([call], wake))
+            if stored is not None or key is None:
+                break
+            known = await self.find(id)
+            if known is not None:
+                return known
+        return await self._submitted(job, call, lane, self._now + delay if stored is None else stored)
+
+    async def _submitted(self, job: Job, call: Call, lane: _Lane | None, at: int) -> Run:
+        run = self._handle(call.id, lane or _Lane(job._spec, 0), at, True, call.args)
+        run.stored = True
+        self._handles[call.id] = run
+        if lane is not None:
+            self._expect(lane, at)
+        # SQLite answers without a pause, and a loop of submits must not keep everybody else from running.
+        if self._mono() - self._yielded > _YIELD:
+            await asyncio.sleep(0)
+            self._yielded = self._mono()
+        return run
+
+    async def cancel(self, run: Run) -> bool:
+        if isinstance(run, _Live) and not run.stored:
+            return self._cancel(run)
+        if run.state not in (_SCHEDULED, _RUNNING):
+            return False
+        found = await self._insist(f"{run}: cancel()", lambda: self._store.cancel(run.job, run.id))
+        self._cancelled(run.job, found, run)
+        return bool(found)
+
+    async def cancel_all(self, job: Job) -> int:
+        found = await self._insist(f"job {job.name!r}: cancel()", lambda: self._store.cancel(job.name))
+        self._cancelled(job.name, found)
+        own = [run for run in self._unfinished() if run.job == job.name and not run.stored]
+        return len(found) + sum(map(self._cancel, own))
+
+    def _cancelled(self, job: str, found: Mapping[str, Cancelled], asked: Run | None = None) -> None:
+        for id, (signalled, at) in found.items():
+            if signalled:
+                if id in self._held:
+                    self._cut(self._held[id], _Stop.CANCEL)
+                continue
+            run = asked or self._handles.get(id) or Run(job, at, _NO_ARGS, self)
+            run._id = id
+            if run.state in (_SCHEDULED, _RUNNING):
+                self._tell(run, _CANCELLED, _Stop.CANCEL)
+
+    async def ended(self, run: Run, timeout: float | None) -> None:
+        if isinstance(run, _Live) and not run.stored:
+            await super().ended(run, timeout)
+            return
+        try:
+            async with asyncio.timeout(timeout):
+                await self._watch(run)
+        except TimeoutError:
+            raise TimeoutError(f"run {run.id!r} has not ended within {timeout:g} s; it is {run.state}") from None
+
+    async def _watch(self, run: Run) -> None:
+        """Wait until a run is over, wherever it is executed; a hint may be lost, so it is asked for now and then."""
+        run._done = run._done or asyncio.Event()
+        delay = 0.05
+        self._watched.add(run)
+        try:
+            while run.state in (_SCHEDULED, _RUNNING):
+                if self._closed:
+                    raise BgjobError(f"run {run.id!r} is {run.state}, and run() has stopped here")
+                run._done.clear()
+                if self._held.get(run.id) is not run and await self._refresh(run):
+                    return
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(delay):
+                        await run._done.wait()
+                delay = min(delay * 1.5, 1.0)
+        finally:
+            self._watched.discard(run)
+
+    async def _refresh(self, run: Run) -> bool:
+        """Learn from the store what became of a run; whether that was its end."""
+        row = await self._insist(f"{run}: result()", lambda: self._store.find(run.id, watch=True))
+        if self._held.get(run.id) is run or run.state not in (_SCHEDULED, _RUNNING):
+            return False
+        if row is None:
+            raise BgjobError(f"run {run.id!r} is no longer kept: the store keeps ends for a limited time, see keep=")
+        _learn(run, row)
+        return row.finished is not None
+
+    async def find(self, id: str) -> Run | None:
+        local = self._held.get(id) or await super().find(id)
+        if local is not None:
+            return local
+        row = await self._insist("find()", lambda: self._store.find(id))
+        if row is None:
+            return None
+        job = self._registry.jobs.get(row.job)
+        args, kwargs = _arguments(row.args)
+        if job is not None and "@" in id:
+            kwargs = job._spec.args
+        run: Run = Run(row.job, row.at, kwargs, self)
+        run.args, run._id = args, id
+        run.key = id.partition("#")[2] or None
+        _learn(run, row)
+        return run
+
+
+def _learn(run: Run, row: Row) -> None:
+    """Write what the store knows on a handle."""
+    run.state, run.attempt, run._token = row.state, row.attempt, row.token
+    run.error, run.reason = row.error, row.reason
+    if row.since is not None:
+        run._started = row.since / 1000
+        run._took = None if row.finished is None else (row.finished - row.since) / 1000
+    if row.state is _SUCCEEDED:
+        run._value = _NOT_KEPT if row.result is None else _loads(row.result)
+
+
+def _result_json(value: object) -> str | None:
+    try:
+        text = _dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return None
+    return text if len(text) <= _MAX_ARGS else None
+
+
+def _listing(spec: _Spec) -> Listing:
+    schedule = spec.schedule
+    if isinstance(schedule, _Cron):
+        text = _dumps({"cron": schedule.text, "tz": str(schedule.zone)})
+    else:
+        text = "" if schedule is None else _dumps({"every": schedule.every})
+    return Listing(text, spec.immediate, spec.timeout)
+
+
+def _owner_name(entropy: int) -> str:
+    """An instance's name, new at every start: the random part is its identity, the rest tells people where it is."""
+    import platform
+
+    return f"{platform.node()}:{os.getpid()}:{entropy:016x}"
+
+
+# 10 Adapters ----------------------------------------------------------------------------------------------------------
+# The stores. Statements stand on top, with the default prefix; the methods follow the order of `Store`. Before you add
+# one: it must pass the conformance tests against a real server in CI.
+
+_VERB_LIMIT = 4.0  # s that one verb may take, or a quarter of the lease: less than whoever submits waits
+
+
+def _lease(lease: Duration) -> int:
+    ms = _duration("lease", lease, 1000)
+    if ms < 10_000:
+        _log.warning("lease=%r is short: a process that pauses for longer loses its runs; 30s is the default", lease)
+    return ms
+
+
+def _checked_prefix(prefix: object) -> str:
+    if not isinstance(prefix, str) or re.fullmatch("[a-z][a-z0-9_]{0,29}", prefix) is None:
+        raise StoreError(f"prefix={prefix!r}: write up to 30 of a-z, 0-9 and _, a letter first")
+    return prefix
+
+
+def _prefixed(statements: Iterable[str], prefix: str) -> Iterator[str]:
+    return (statement.replace("bgjob_", f"{prefix}_") for statement in statements)
+
+
+def _decide(tick: Tick, now: int, last: int, unfinished: int, busy: int, waiting: int) -> Answer:
+    """What becomes of a tick. The winner starts it at once where there's room and nobody of its job waits before it."""
+    if last >= tick.at:
+        return Answer(tick, "lost", last)
+    if tick.at > now:
+        return Answer(tick, "early", last)
+    if unfinished >= tick.limit:
+        return Answer(tick, "full" if tick.hold else "skipped", last)
+    if tick.delay or waiting or not tick.free or busy >= tick.parallelism:
+        return Answer(tick, "won", tick.at)
+    return Answer(tick, "won", tick.at, Claimed(tick.id, tick.job, tick.at, False, "", 1, 0, 1, False))
+
+
+_SQLITE_SCHEMA = """
+CREATE TABLE IF NOT EXISTS bgjob_tick(
+  job TEXT PRIMARY KEY, last INTEGER NOT NULL, schedule TEXT NOT NULL, timeout INTEGER) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS bgjob_run(
+  id TEXT PRIMARY KEY, job TEXT NOT NULL, due INTEGER NOT NULL, at INTEGER NOT NULL, call INTEGER NOT NULL,
+  args TEXT NOT NULL DEFAULT '', tries INTEGER NOT NULL DEFAULT 0, lost INTEGER NOT NULL DEFAULT 0,
+  token INTEGER NOT NULL DEFAULT 0, owner TEXT, since INTEGER, error TEXT, cancel INTEGER NOT NULL DEFAULT 0,
+  awaited INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS bgjob_due ON bgjob_run(job, due, id);
+CREATE INDEX IF NOT EXISTS bgjob_busy ON bgjob_run(job) WHERE owner IS NOT NULL;
+CREATE INDEX IF NOT EXISTS bgjob_ticks ON bgjob_run(job) WHERE call = 0;
+CREATE INDEX IF NOT EXISTS bgjob_flagged ON bgjob_run(owner) WHERE cancel = 1;
+CREATE TABLE IF NOT EXISTS bgjob_past(
+  id TEXT PRIMARY KEY, job TEXT NOT NULL, state TEXT NOT NULL, at INTEGER NOT NULL, args TEXT NOT NULL,
+  attempt INTEGER NOT NULL, token INTEGER NOT NULL, owner TEXT, since INTEGER, finished INTEGER NOT NULL, error TEXT,
+  reason TEXT, result TEXT) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS bgjob_past_finished ON bgjob_past(finished);
+CREATE TABLE IF NOT EXISTS bgjob_peer(owner TEXT PRIMARY KEY, port INTEGER NOT NULL, seen INTEGER NOT NULL);
+"""
+
+
+class _SQLiteStatements(NamedTuple):
+    """The immediate transaction that most stand in serialises writers, so that counts and limits are exact."""
+
+    enlist: str = """INSERT INTO bgjob_tick(job, last, schedule, timeout) VALUES(?1, ?2, ?3, ?4) ON CONFLICT(job)
+        DO UPDATE SET last = CASE WHEN schedule = ?3 THEN last ELSE ?2 END, schedule = ?3, timeout = ?4"""
+    last: str = "SELECT job, last FROM bgjob_tick WHERE job IN (SELECT value FROM json_each(?))"
+    # "+due" keeps the planner off bgjob_due: it would walk over all that waits
+    facts: str = """SELECT t.job, t.last, (SELECT count(*) FROM bgjob_run r WHERE r.job = t.job AND r.call = 0),
+        (SELECT count(*) FROM bgjob_run r WHERE r.job = t.job AND r.owner IS NOT NULL AND +r.due > ?2),
+        EXISTS(SELECT 1 FROM bgjob_run r WHERE r.job = t.job AND r.due <= ?2)
+        FROM bgjob_tick t WHERE t.job IN (SELECT value FROM json_each(?1))"""
+    handed_out: str = "UPDATE bgjob_tick SET last = ?2 WHERE job = ?1"
+    won: str = """INSERT INTO bgjob_run(id, job, due, at, call, tries, token, owner, since)
+        VALUES(?1, ?2, ?3, ?4, 0, ?5, ?5, ?6, ?7) ON CONFLICT DO NOTHING"""
+    mine: str = "SELECT id FROM bgjob_run WHERE owner = ?1 AND since = ?2 AND token = 1"
+    push: str = """INSERT INTO bgjob_run(id, job, due, at, call, args) SELECT ?1, ?2, ?3, ?3, 1, ?4 WHERE NOT EXISTS(
+        SELECT 1 FROM bgjob_past WHERE id = ?1 AND state IN ('succeeded', 'failed') AND finished > ?5)
+        ON CONFLICT DO NOTHING"""
+    # two seeks a job: no job blocks another's head of line
+    heads: str = """SELECT j.value, EXISTS(SELECT 1 FROM bgjob_run WHERE job = j.value AND due <= ?2),
+        (SELECT min(due) FROM bgjob_run WHERE job = j.value AND due > ?2) FROM json_each(?1) j"""
+    flagged: str = "SELECT id FROM bgjob_run WHERE owner = ? AND cancel = 1"
+    busy: str = "SELECT count(*) FROM bgjob_run WHERE job = ?1 AND owner IS NOT NULL AND +due > ?2"
+    claim: str = """UPDATE bgjob_run SET owner = ?4, due = ?5, since = ?2, token = token + 1, tries = tries + 1,
+        lost = lost + (owner IS NOT NULL) WHERE id IN (
+        SELECT id FROM bgjob_run WHERE job = ?1 AND due <= ?2 ORDER BY due, id LIMIT ?3)
+        RETURNING id, job, at, call, args, tries, lost, token, cancel"""
+    beat: str = "UPDATE bgjob_run SET due = ?3 WHERE id = ?1 AND token = ?2 RETURNING cancel"
+    again: str = """UPDATE bgjob_run SET due = ?3, owner = NULL, tries = tries - ?4, error = ?5
+        WHERE id = ?1 AND token = ?2 AND cancel = 0"""
+    finish: str = "DELETE FROM bgjob_run WHERE id = ?1 AND token = ?2 RETURNING args, owner, since, awaited"
+    remember: str = """INSERT OR REPLACE INTO bgjob_past(id, job, state, at, args, attempt, token, owner, since,
+        finished, error, reason, result) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+    prune: str = """DELETE FROM bgjob_past WHERE id IN (
+        SELECT id FROM bgjob_past WHERE finished <= ?1 ORDER BY finished LIMIT ?2)"""
+    signal: str = """UPDATE bgjob_run SET cancel = 1
+        WHERE job = ?1 AND id = ifnull(?2, id) AND owner IS NOT NULL AND +due > ?3 RETURNING id, at"""
+    remove: str = """DELETE FROM bgjob_run WHERE id IN (
+        SELECT id FROM bgjob_run WHERE job = ?1 AND id = ifnull(?2, id) AND (owner IS NULL OR due <= ?3) LIMIT 1000)
+        RETURNING id, job, at, args, tries, token, owner, since, error"""
+    find: str = """SELECT id, job, CASE WHEN owner IS NOT NULL AND due > ?2 THEN 'running' ELSE 'scheduled' END,
+        at, due, args, tries, token, owner, since, NULL, error, NULL, NULL, awaited FROM bgjob_run WHERE id = ?1"""
+    find_past: str = """SELECT id, job, state, at, finished, args, attempt, token, owner, since, finished, error,
+        reason, result FROM bgjob_past WHERE id = ?"""
+    watch: str = "UPDATE bgjob_run SET awaited = 1 WHERE id = ?"
+    peers: str = "SELECT owner, port FROM bgjob_peer WHERE owner <> ?"
+    here: str = "INSERT OR REPLACE INTO bgjob_peer(owner, port, seen) VALUES(?, ?, ?)"
+    gone: str = "DELETE FROM bgjob_peer WHERE owner = ?1 OR seen < ?2"
+
+
+class SQLiteStore:
+    """A file that the processes of one machine share. Not for network drives, whose locks can't be relied on.
+
+    Transactions take some 30 µs, a third of a change of threads, so they run in the event loop, but nothing that can
+    take long does: a lock is waited for by sleeping, and checkpoints, which write to the disk, are made by a thread.
+    The same thread beats where the loop doesn't, because a job blocks it.
+
+    Args:
+        path: the file, made on first use. Its folder must exist.
+        prefix: of the tables' names: two applications can share a file. Default: "bgjob".
+        lease: how long the runs of an instance that died stay its own; 10 s or more is wise. Default: 30 s.
+        keep: how long ends and results are kept, and keys taken. Default: a day.
+
+    Raises:
+        StoreError: the prefix is wrong; from `run()`: the file can't be opened, written or is no database.
+        ScheduleError: a duration is wrong.
+    """
+
+    poll = 5000
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        prefix: str = "bgjob",
+        lease: Duration = "30s",
+        keep: Duration = "1d",
+    ) -> None:
+        self.path = os.fspath(path)
+        self.lease = _lease(lease)
+        self.keep = _duration("keep", keep, 1)
+        self._prefix = _checked_prefix(prefix)
+        self._sql = _SQLiteStatements(*_prefixed(_SQLiteStatements(), prefix))
+        self._db: sqlite3.Connection | None = None
+        self._held: dict[str, int] = {}
+        self._writes = 0
+        self._fault: str | None = None
+
+    def __repr__(self) -> str:
+        return f"SQLiteStore({self.path!r})"
+
+    # Open and close
+
+    async def open(self, owner: str, hint: Callable[[], None]) -> None:
+        if self._db is not None:
+            raise BgjobError(f"{self!r} is in use: one run() or running() per store object; make another")
+        self._owner, self._hint = owner, hint
+        self._loop = asyncio.get_running_loop()
+        self._held.clear()
+        await self._connect()
+        self._stir, self._stopped = threading.Event(), False
+        self._thread_ended = self._loop.create_future()
+        self._beaten = self._loop.time()
+        threading.Thread(target=self._guard, name="bgjob sqlite", daemon=True).start()
+        self._bell: asyncio.DatagramTransport | None = None
+        with suppress(OSError):  # a machine without IPv4: then the other instances poll
+            self._bell, _ = await self._loop.create_datagram_endpoint(
+                lambda: _Bell(owner.encode(), hint), local_addr=("127.0.0.1", 0)
+            )
+        self._rung: asyncio.Handle | None = None
+        self._last_ring = 0.0
+        self._watch = self._loop.call_later(1, self._look)
+        await self._sign_in(await self._begin())
+
+    async def _connect(self) -> None:
+        """Open the file and make the tables; a lock is waited for, for two processes may do so at once."""
+        import sqlite3
+
+        if sqlite3.sqlite_version_info < (3, 35):
+            raise StoreError(f"{self!r}: needs SQLite 3.35, Python has {sqlite3.sqlite_version} here")
+        try:
+            self._db = sqlite3.connect(self.path, timeout=0, isolation_level=None, cached_statements=64)
+            (mode,) = (await self._patiently("PRAGMA journal_mode = WAL")).fetchone()
+            if mode != "wal":
+                raise StoreError(f"{self!r}: no write-ahead log is possible there (journal_mode is {mode!r})")
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            self._db.execute("PRAGMA wal_autocheckpoint = 0")
+            await self._patiently("BEGIN IMMEDIATE")
+            with self._transaction():
+                for statement in next(_prefixed([_SQLITE_SCHEMA], self._prefix)).split(";"):
+                    self._db.execute(statement)
+            self._inode = os.stat(self.path).st_ino
+            self._version = self._data_version()
+        except sqlite3.Error as error:
+            self._disconnect()
+            raise self._error(error) from None
+        except BaseException:
+            self._disconnect()
+            raise
+
+    def _disconnect(self) -> None:
+        db, self._db = self._db, None
+        if db is not None:
+            db.close()
+
+    async def close(self) -> None:
+        if self._db is None:
+            return
+        self._stopped = True
+        self._stir.set()
+        self._watch.cancel()
+        if self._rung is not None:
+            self._rung.cancel()
+            self._ring()
+        with suppress(StoreError):
+            await self._patiently("BEGIN IMMEDIATE")
+            with self._transaction():
+                self._db.execute(self._sql.gone, (self._owner, 0))
+        if self._bell is not None:
+            self._bell.close()
+        await asyncio.wait({self._thread_ended}, timeout=_GRACE)
+        self._disconnect()
+
+    # Locks and errors
+
+    async def _patiently(self, sql: str, parameters: Sequence[object] = ()) -> sqlite3.Cursor:
+        """Execute, and where the file is locked try again: sleeping, for SQLite's own waiting would block the loop."""
+        import sqlite3
+
+        began, pause = self._loop.time(), 0.001
+        while True:
+            if self._db is None or self._fault is not None:
+                await self._reopen()
+            try:
+                return cast("sqlite3.Connection", self._db).execute(sql, cast("tuple[str]", parameters))
+            except sqlite3.Error as error:
+                if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                    raise self._error(error) from error
+                if self._loop.time() - began > min(_VERB_LIMIT, self.lease / 4000):
+                    raise self._error(error) from error
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, 0.05)
+
+    async def _begin(self) -> int:
+        """Begin a transaction, and read the clock when the lock is ours."""
+        await self._patiently("BEGIN IMMEDIATE")
+        return _wall_ms()
+
+    @contextmanager
+    def _transaction(self) -> Generator[sqlite3.Connection, None, None]:
+        import sqlite3
+
+        db = cast("sqlite3.Connection", self._db)
+        try:
+            yield db
+            db.execute("COMMIT")
+        except BaseException as error:
+            with suppress(sqlite3.Error):  # a full disk has rolled it back already
+                db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.Error):
+                raise self._error(error) from error
+            raise
+        self._writes += 1
+        if self._writes % 200 == 0:
+            self._stir.set()
+
+    def _error(self, error: sqlite3.Error) -> StoreError:
+        import sqlite3
+
+        passing = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+        kind = Unreachable if getattr(error, "sqlite_errorcode", 0) & 0xFF in passing else StoreError
+        hint = "; its folder must exist and be writable" if "unable to open" in str(error) else ""
+        return kind(f"{self!r}: {error}{hint}")
+
+    # Hints
+
+    def _data_version(self) -> int:
+        return int(cast("sqlite3.Connection", self._db).execute("PRAGMA data_version").fetchone()[0])
+
+    def _look(self) -> None:
+        """Once a second: did another process write, so that something may be due? It rings as well; this is in case
+        the bell isn't heard. And is the file still there?"""
+        self._watch = self._loop.call_later(1, self._look)
+        try:
+            if os.stat(self.path).st_ino != self._inode:
+                self._fault = "was replaced"
+        except OSError:
+            self._fault = "was deleted"
+        version = self._version
+        with suppress(Exception):  # whatever it is, the next verb meets it too
+            self._version = self._data_version()
+        if self._version != version or self._fault is not None:
+            self._hint()
+
+    async def _reopen(self) -> None:
+        """Whoever deletes the file deletes its runs. The outage makes the engine enlist its jobs in the new one."""
+        fault, self._fault = self._fault or "was deleted", None
+        self._disconnect()
+        self._held.clear()
+        await self._connect()
+        raise Unreachable(f"{self!r}: the file {fault}; begun anew")
+
+    def _wake_others(self) -> None:
+        """Ring at the end of this turn of the loop, or a little later: whoever submits a thousand runs rings seldom."""
+        if self._rung is None:
+            wait = self._last_ring + 0.002 - self._loop.time()
+            self._rung = self._loop.call_later(wait, self._ring) if wait > 0 else self._loop.call_soon(self._ring)
+
+    def _ring(self) -> None:
+        self._rung, self._last_ring = None, self._loop.time()
+        if self._bell is None or self._db is None:
+            return
+        with suppress(Exception):  # a hint
+            for owner, port in self._db.execute(self._sql.peers, (self._owner,)).fetchall():
+                self._bell.sendto(owner.encode(), ("127.0.0.1", port))
+
+    async def _sign_in(self, now: int) -> None:
+        """Say where we can be rung; forget those who haven't for long."""
+        with self._transaction() as db:
+            port = 0 if self._bell is None else self._bell.get_extra_info("sockname")[1]
+            if port:
+                db.execute(self._sql.here, (self._owner, port, now))
+            db.execute(self._sql.gone, ("", now - 3 * self.lease))
+
+    def _guard(self) -> None:
+        """The thread: checkpoints, and beats where the loop is late with them."""
+        while not self._stopped:
+            self._stir.wait(self.lease / 3000)
+            self._stir.clear()
+            with suppress(Exception):  # a lock, a full disk: the loop meets it too, and says so
+                self._guard_once()
+        with suppress(RuntimeError):  # the loop was closed without us
+            self._loop.call_soon_threadsafe(self._thread_ended.set_result, None)
+
+    def _guard_once(self) -> None:
+        import sqlite3
+        from pathlib import Path
+
+        file = f"{Path(self.path).absolute().as_uri()}?mode=rw"  # or the file would come back after it was deleted
+        with closing(sqlite3.connect(file, uri=True, timeout=self.lease / 4000, isolation_level=None)) as db:
+            db.execute("PRAGMA synchronous = NORMAL")
+            asked = self._loop.time()
+            if asked - self._beaten > self.lease / 2000:
+                db.execute("BEGIN IMMEDIATE")
+                due = _wall_ms() + self.lease
+                for id, token in self._held.copy().items():
+                    db.execute(self._sql.beat, (id, token, due)).fetchall()
+                db.execute("COMMIT")
+                self._beaten = asked
+            # A passive one never blocks, but ends only where nobody writes: a log that has grown is cut off.
+            long = os.stat(f"{self.path}-wal").st_size > 16 << 20
+            db.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if long else 'PASSIVE'})")
+
+    # The verbs
+
+    async def enlist(self, jobs: Mapping[str, Listing]) -> tuple[int, Mapping[str, int]]:
+        names = _dumps([*jobs])
+        known = dict((await self._patiently(self._sql.last, (names,))).fetchall())
+        now = await self._begin()
+        with self._transaction() as db:
+            db.executemany(self._sql.enlist, [(job, now, one.schedule, one.timeout) for job, one in jobs.items()])
+            fresh = [job for job, one in jobs.items() if one.immediate and job not in known]
+            db.executemany(self._sql.won, [(_tick_id(job, now), job, now, now, 0, None, None) for job in fresh])
+            return now, dict(db.execute(self._sql.last, (names,)).fetchall())
+
+    async def tick(self, ticks: Sequence[Tick]) -> tuple[int, Sequence[Answer]]:
+        names = _dumps([tick.job for tick in ticks])
+        last = dict((await self._patiently(self._sql.last, (names,))).fetchall())
+        if all(last.get(tick.job, 0) >= tick.at for tick in ticks):  # most often: another instance was first
+            return _wall_ms(), [Answer(tick, "lost", last[tick.job]) for tick in ticks]
+        now = await self._begin()
+        with self._transaction() as db:
+            facts = {job: fact for job, *fact in db.execute(self._sql.facts, (names, now))}
+            if len(facts) < len(ticks):
+                raise Unreachable(f"{self!r}: its jobs were deleted")
+            decided = [_decide(tick, now, *facts[tick.job]) for tick in ticks]
+            gone = [(a.tick.job, a.tick.at) for a in decided if a.word in ("won", "skipped")]
+            db.executemany(self._sql.handed_out, gone)
+            won = [answer for answer in decided if answer.word == "won"]
+            count = db.executemany(self._sql.won, [self._new_run(answer, now) for answer in won]).rowcount
+            started = {answer.tick.id for answer in won if answer.run is not None}
+            if count < len(won):  # a tick that was handed out before its job was deleted and enlisted again
+                started &= {id for (id,) in db.execute(self._sql.mine, (self._owner, now))}
+        self._held.update(dict.fromkeys(started, 1))
+        return now, [a if a.run is None or a.tick.id in started else a._replace(run=None) for a in decided]
+
+    def _new_run(self, answer: Answer, now: int) -> tuple[object, ...]:
+        tick = answer.tick
+        if answer.run is None:
+            return tick.id, tick.job, tick.at + tick.delay, tick.at, 0, None, None
+        return tick.id, tick.job, now + self.lease, tick.at, 1, self._owner, now
+
+    async def push(self, calls: Sequence[Call], wake: bool) -> Sequence[int | None]:
+        now = await self._begin()
+        stored: list[int | None] = []
+        with self._transaction() as db:
+            for call in calls:
+                at = now + call.delay if call.at is None else call.at
+                new = db.execute(self._sql.push, (call.id, call.job, at, call.args, now - self.keep)).rowcount
+                stored.append(at if new else None)
+                wake = wake and at <= now + self.poll
+        if wake:
+            self._wake_others()
+        return stored
+
+    async def claim(self, free: Mapping[str, tuple[int, int]]) -> News:
+        now = _wall_ms()
+        heads = (await self._patiently(self._sql.heads, (_dumps([*free]), now))).fetchall()
+        flagged = [id for (id,) in await self._patiently(self._sql.flagged, (self._owner,))]
+        next_due = min((later for _, _, later in heads if later is not None), default=None)
+        jobs = [job for job, due, _ in heads if due]
+        if not jobs:
+            return News(now, [], next_due, flagged)
+        now = await self._begin()
+        with self._transaction() as db:
+            runs = [run for job in jobs for run in self._claim_of(db, job, *free[job], now)]
+        self._held.update((run.id, run.token) for run in runs)
+        return News(now, runs, next_due, flagged)
+
+    def _claim_of(self, db: sqlite3.Connection, job: str, free: int, parallelism: int, now: int) -> list[Claimed]:
+        (busy,) = db.execute(self._sql.busy, (job, now)).fetchone()
+        n = min(free, parallelism - busy)
+        if n <= 0:
+            return []
+        rows = db.execute(self._sql.claim, (job, now, n, self._owner, now + self.lease)).fetchall()
+        return sorted((Claimed(*row) for row in rows), key=lambda run: (run.at, run.id))
+
+    async def beat(self, runs: Mapping[str, int]) -> Mapping[str, bool]:
+        asked = self._loop.time()
+        now = await self._begin()
+        with self._transaction() as db:
+            found = {
+                id: db.execute(self._sql.beat, (id, token, now + self.lease)).fetchone() for id, token in runs.items()
+            }
+        for id in [id for id, row in found.items() if row is None]:
+            self._held.pop(id, None)
+        self._beaten = asked
+        await self._sign_in(await self._begin())
+        return {id: bool(row[0]) for id, row in found.items() if row is not None}
+
+    async def settle(self, ended: Sequence[Settlement]) -> Sequence[_Settled]:
+        now = await self._begin()
+        with self._transaction() as db:
+            answers: list[_Settled] = [self._settle_one(db, end, now) for end in ended]
+            db.execute(self._sql.prune, (now - self.keep, 2 * len(ended)))
+        for end in ended:
+            self._held.pop(end.id, None)
+        return answers
+
+    def _settle_one(self, db: sqlite3.Connection, end: Settlement, now: int) -> _Settled:
+        state = end.state
+        if state is _SCHEDULED:
+            due = end.at if end.back else now + end.delay
+            if db.execute(self._sql.again, (end.id, end.token, due, end.back, end.error)).rowcount:
+                return "done"
+            state = _CANCELLED
+        row = db.execute(self._sql.finish, (end.id, end.token)).fetchone()
+        if row is None:
+            return "refused"
+        args, owner, since, awaited = row
+        if end.call or awaited or state is not _SUCCEEDED:
+            db.execute(
+                self._sql.remember,
+                (
+                    end.id,
+                    end.job,
+                    state,
+                    end.at,
+                    args,
+                    end.attempt,
+                    end.token,
+                    owner,
+                    since,
+                    now,
+                    end.error,
+                    end.reason,
+                    end.result,
+                ),
+            )
+        if awaited:
+            self._wake_others()
+        return "cancelled" if end.state is _SCHEDULED else "done"
+
+    async def cancel(self, job: str, id: str | None = None) -> Mapping[str, Cancelled]:
+        found: dict[str, Cancelled] = {}
+        more = True
+        while more:
+            now = await self._begin()
+            with self._transaction() as db:
+                for run, at in db.execute(self._sql.signal, (job, id, now)).fetchall():
+                    found[run] = Cancelled(True, at)
+                removed = db.execute(self._sql.remove, (job, id, now)).fetchall()
+                for run, job, at, args, tries, token, owner, since, error in removed:
+                    found[run] = Cancelled(False, at)
+                    past = (run, job, _CANCELLED, at, args, tries, token, owner, since, now, error, _Stop.CANCEL, None)
+                    db.execute(self._sql.remember, past)
+            more = len(removed) == 1000
+        if found:
+            self._wake_others()
+        return found
+
+    async def find(self, id: str, watch: bool = False) -> Row | None:
+        row = (await self._patiently(self._sql.find, (id, _wall_ms()))).fetchone()
+        if row is not None and watch and not row[-1]:
+            await self._begin()
+            with self._transaction() as db:
+                db.execute(self._sql.watch, (id,))
+        if row is None:
+            row = (await self._patiently(self._sql.find_past, (id,))).fetchone()
+        return None if row is None else Row(row[0], row[1], State(row[2]), *row[3:14])
+
+
+class _Bell(asyncio.DatagramProtocol):
+    """Where other processes of the machine can ring: the text is our name, which they have from the file."""
+
+    def __init__(self, name: bytes, hint: Callable[[], None]) -> None:
+        self._name = name
+        self._hint = hint
+
+    def datagram_received(self, data: bytes, addr: object) -> None:
+        if data == self._name:
+            self._hint()
+
+
+def _store_of(store: Store | str) -> Store:
+    """The store meant by a URL; anything that isn't text is one."""
+    if not isinstance(store, str):
+        return store
+    from urllib.parse import parse_qsl, unquote, urlsplit
+
+    url = urlsplit(store)
+    options = dict(parse_qsl(url.query, keep_blank_values=True))
+    unknown = options.keys() - {"prefix", "lease", "keep"}
+    if unknown:
+        raise StoreError(f"store={_no_password(store)!r}: unknown option {sorted(unknown)[0]!r}; prefix, lease, keep")
+    if url.scheme == "sqlite":
+        if url.netloc or len(url.path) < 2:
+            raise StoreError(f"store={store!r}: write sqlite:///jobs.db, or sqlite:////var/lib/jobs.db where absolute")
+        return SQLiteStore(unquote(url.path[1:]), **options)
+    raise StoreError(f"store={_no_password(store)!r}: write sqlite:///jobs.db")
+
+
+def _no_password(url: str) -> str:
+    return re.sub(r"//[^@/]*@", "//…@", url)
 
 
 # 11 Registry ----------------------------------------------------------------------------------------------------------
@@ -2496,18 +3848,19 @@ class Registry:
         drain: Duration,
         on_event: Callable[[Run], object] | None,
     ) -> _Engine:
-        if store is not None:
-            raise StoreError(f"store={store!r}: this version has no shared stores yet; leave store out")
         if isinstance(jobs, str):
             raise BgjobError(f"jobs={jobs!r}: write a list of names, [{jobs!r}]")
         if on_event is not None and not callable(on_event):
             raise BgjobError(f"on_event={on_event!r}: not callable; pass a function of one run")
-        return _Engine(self, jobs, _duration("drain", drain), on_event, _Clock(asyncio.get_running_loop().time))
+        clock = _Clock(asyncio.get_running_loop().time)
+        if store is None:
+            return _Engine(self, jobs, _duration("drain", drain), on_event, clock)
+        return _Shared(self, jobs, _duration("drain", drain), on_event, clock, _store_of(store))
 
     async def find(self, id: str) -> Run | None:
         """The run with that id, or None. Without a store: an unfinished one, one of the last thousand that were
         submitted or failed, or a keyed one of the last day."""
-        return self._going("find()").find(id)
+        return await self._going("find()").find(id)
 
     def _going(self, what: str) -> _Engine:
         if self._engine is None:
@@ -2517,10 +3870,10 @@ class Registry:
         return self._engine
 
     async def _submit(self, job: Job, payload: str, delay: int, at: int | None, key: str | None) -> Run:
-        return self._going(f"job {job.name!r}: submit()").submit(job, payload, delay, at, key)
+        return await self._going(f"job {job.name!r}: submit()").submit(job, payload, delay, at, key)
 
     async def _cancel(self, job: Job) -> int:
-        return self._going(f"job {job.name!r}: cancel()").cancel_all(job)
+        return await self._going(f"job {job.name!r}: cancel()").cancel_all(job)
 
     async def run(
         self,
@@ -2533,7 +3886,8 @@ class Registry:
         """Run the jobs until cancelled (then it drains and raises `CancelledError`), SIGINT or SIGTERM (then returns).
 
         Args:
-            store: reserved for shared stores; this version has the memory of one process only, so leave it out.
+            store: a `Store`, or a URL such as "sqlite:///jobs.db" (three slashes relative, four absolute), with
+                ?prefix=…&lease=30s&keep=1d if wanted. Default: the memory of this process.
             jobs: names of the jobs that this instance executes. Default: all.
             drain: at the end, how long to wait for the runs that are going. Then they are cancelled and given 5 s
                 more; what would not stop is named in the log. A second signal or cancel ends the wait. Default: 20 s.
@@ -2541,6 +3895,7 @@ class Registry:
 
         Raises:
             BgjobError: these jobs run already, or a name in `jobs` is unknown.
+            StoreError: the store's URL is wrong, or it can't be opened. One that doesn't answer is waited for.
             Exception: what an "app" dependency raised when it was made.
         """
         engine = self._new_engine(store, jobs, drain, on_event)
