@@ -73,8 +73,8 @@ from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmana
 from contextvars import ContextVar, copy_context
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from enum import StrEnum
-from types import FrameType, MappingProxyType
-from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, Protocol, TypeAlias, cast, overload
+from types import FrameType, MappingProxyType, ModuleType
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, cast, overload
 from weakref import WeakValueDictionary
 from zlib import crc32
 
@@ -1555,6 +1555,26 @@ class Row(NamedTuple):
     result: str | None
 
 
+class Standing(NamedTuple):
+    """A job as the store knows it: what its last instance listed, and the newest tick that was handed out."""
+
+    job: str
+    last: int
+    schedule: str
+    timeout: int | None
+
+
+class Overview(NamedTuple):
+    """What people look at: all jobs, all that runs, what is due next, what waits for a retry, the last failures."""
+
+    now: int
+    jobs: Sequence[Standing]
+    running: Sequence[Row]
+    due: Sequence[Row]
+    retrying: Sequence[Row]
+    failed: Sequence[Row]
+
+
 class Store(Protocol):
     """The verbs of a shared store. Losing a tick or a fenced write is a normal answer, not an error.
 
@@ -1607,6 +1627,10 @@ class Store(Protocol):
 
     async def find(self, id: str, watch: bool = False) -> Row | None:
         """The run, unless it is unknown or no longer kept. `watch`: hint when it ends."""
+        ...
+
+    async def overview(self, n: int) -> Overview:
+        """For `bgjob status`; at most `n` rows of what is due, retrying and failed, the nearest first."""
         ...
 
 
@@ -3127,6 +3151,13 @@ def _lease(lease: Duration) -> int:
     return ms
 
 
+def _driver(module: str, extra: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise StoreError(f"this store needs {module}: pip install 'bgjob[{extra}]'") from error
+
+
 def _checked_prefix(prefix: object) -> str:
     if not isinstance(prefix, str) or re.fullmatch("[a-z][a-z0-9_]{0,29}", prefix) is None:
         raise StoreError(f"prefix={prefix!r}: write up to 30 of a-z, 0-9 and _, a letter first")
@@ -3171,6 +3202,11 @@ CREATE TABLE IF NOT EXISTS bgjob_peer(owner TEXT PRIMARY KEY, port INTEGER NOT N
 """
 
 
+_SQLITE_ROW = """id, job, CASE WHEN owner IS NOT NULL AND due > ?1 THEN 'running' ELSE 'scheduled' END, at, due, args,
+    tries, token, owner, since, NULL, error, NULL, NULL"""
+_SQLITE_PAST = "id, job, state, at, finished, args, attempt, token, owner, since, finished, error, reason, result"
+
+
 class _SQLiteStatements(NamedTuple):
     """The immediate transaction that most stand in serialises writers, so that counts and limits are exact."""
 
@@ -3211,10 +3247,14 @@ class _SQLiteStatements(NamedTuple):
     remove: str = """DELETE FROM bgjob_run WHERE id IN (
         SELECT id FROM bgjob_run WHERE job = ?1 AND id = ifnull(?2, id) AND (owner IS NULL OR due <= ?3) LIMIT 1000)
         RETURNING id, job, at, args, tries, token, owner, since, error"""
-    find: str = """SELECT id, job, CASE WHEN owner IS NOT NULL AND due > ?2 THEN 'running' ELSE 'scheduled' END,
-        at, due, args, tries, token, owner, since, NULL, error, NULL, NULL, awaited FROM bgjob_run WHERE id = ?1"""
-    find_past: str = """SELECT id, job, state, at, finished, args, attempt, token, owner, since, finished, error,
-        reason, result FROM bgjob_past WHERE id = ?"""
+    find: str = f"SELECT {_SQLITE_ROW}, awaited FROM bgjob_run WHERE id = ?2"
+    find_past: str = f"SELECT {_SQLITE_PAST} FROM bgjob_past WHERE id = ?"
+    jobs: str = "SELECT job, last, schedule, timeout FROM bgjob_tick ORDER BY job"
+    running: str = f"SELECT {_SQLITE_ROW} FROM bgjob_run WHERE owner IS NOT NULL AND +due > ?1 AND ?2 ORDER BY since"
+    due: str = f"SELECT {_SQLITE_ROW} FROM bgjob_run WHERE tries = 0 ORDER BY due, id LIMIT ?2"
+    retrying: str = f"""SELECT {_SQLITE_ROW} FROM bgjob_run WHERE tries > 0 AND (owner IS NULL OR due <= ?1)
+        ORDER BY due, id LIMIT ?2"""
+    failed: str = f"SELECT {_SQLITE_PAST} FROM bgjob_past WHERE state = 'failed' ORDER BY finished DESC LIMIT ?2"
     watch: str = "UPDATE bgjob_run SET awaited = 1 WHERE id = ?"
     peers: str = "SELECT owner, port FROM bgjob_peer WHERE owner <> ?"
     here: str = "INSERT OR REPLACE INTO bgjob_peer(owner, port, seen) VALUES(?, ?, ?)"
@@ -3613,14 +3653,27 @@ class SQLiteStore:
         return found
 
     async def find(self, id: str, watch: bool = False) -> Row | None:
-        row = (await self._patiently(self._sql.find, (id, _wall_ms()))).fetchone()
+        row = (await self._patiently(self._sql.find, (_wall_ms(), id))).fetchone()
         if row is not None and watch and not row[-1]:
             await self._begin()
             with self._transaction() as db:
                 db.execute(self._sql.watch, (id,))
         if row is None:
             row = (await self._patiently(self._sql.find_past, (id,))).fetchone()
-        return None if row is None else Row(row[0], row[1], State(row[2]), *row[3:14])
+        return None if row is None else _row(row[:14])
+
+    async def overview(self, n: int) -> Overview:
+        now, sql = _wall_ms(), self._sql
+        jobs = [Standing(*row) for row in await self._patiently(sql.jobs)]
+        lists = [
+            [_row(row) for row in await self._patiently(statement, (now, n))]
+            for statement in (sql.running, sql.due, sql.retrying, sql.failed)
+        ]
+        return Overview(now, jobs, *lists)
+
+
+def _row(row: Any) -> Row:
+    return Row(row[0], row[1], State(row[2]), *row[3:])
 
 
 class _Bell(asyncio.DatagramProtocol):

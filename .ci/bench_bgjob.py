@@ -1,4 +1,4 @@
-"""bgjob's adapters for the benchmarks that measure it beside its peers: the public interface, but for placing phases."""
+"""bgjob's adapters for the benchmarks beside its peers: through the public interface, but for placing phases."""
 
 import asyncio
 import contextlib
