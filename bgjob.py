@@ -1888,7 +1888,7 @@ class _Engine:
     def _retire(self, lane: _Lane) -> None:
         """End a schedule; the runs it has begun are left alone."""
         lane.ticks, lane.parked = iter(()), None
-        self._heap = [entry for entry in self._heap if entry[2] is not lane]
+        self._heap[:] = [entry for entry in self._heap if entry[2] is not lane]  # in place: _admit may be at it
         heapq.heapify(self._heap)
 
     def stop(self) -> None:
@@ -1971,11 +1971,8 @@ class _Engine:
         _log.warning("the clock went %s by %s", "forward" if step > 0 else "back", _span(abs(step)))
         if step > 0:
             return
-        old, self._heap = self._heap, []
-        for due, seq, item in old:
-            moved = self._moved(item, due, step)
-            if moved is not None:
-                self._heap.append((moved, seq, item))
+        moved = [(self._moved(item, due, step), seq, item) for due, seq, item in self._heap]
+        self._heap[:] = [(due, seq, item) for due, seq, item in moved if due is not None]
         for lane in self._lanes.values():
             if lane.parked is not None:
                 lane.parked = self._moved(lane, lane.parked, step)
@@ -2419,7 +2416,7 @@ class _Engine:
             self._dead += 1
         self._end(run, _CANCELLED, why)
         if self._dead > 100 and self._dead > len(self._heap) // 2:
-            self._heap = [e for e in self._heap if isinstance(e[2], _Lane) or e[2].state is _SCHEDULED]
+            self._heap[:] = [e for e in self._heap if isinstance(e[2], _Lane) or e[2].state is _SCHEDULED]
             heapq.heapify(self._heap)
             self._dead = 0
 

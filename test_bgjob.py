@@ -3,6 +3,7 @@
 import ast
 import asyncio
 import calendar
+import contextlib
 import os
 import random
 import re
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 import zoneinfo
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from itertools import islice, takewhile
 from pathlib import Path
@@ -917,6 +918,23 @@ def ended(runs: list[Run], state: State = State.SUCCEEDED) -> list[str]:
     return [run.id for run in runs if run.state is state]
 
 
+@contextlib.asynccontextmanager
+async def driven(registry: Registry, on_event: object = None, drain: int = 0) -> AsyncIterator[bgjob._Engine]:
+    """The jobs of a registry in a virtual loop, with what `simulate` has no parameter for."""
+    clock = bgjob._VirtualClock(asyncio.get_running_loop().time, START.timestamp())
+    engine = bgjob._Engine(registry, None, drain, on_event, clock)
+    await engine.open()
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+def virtually(main: object) -> object:
+    with asyncio.Runner(loop_factory=bgjob._VirtualLoop) as runner:
+        return runner.run(main)
+
+
 class TestTime:
     @pytest.mark.parametrize(
         ("text", "ms"),
@@ -1384,6 +1402,32 @@ class TestEngine:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
         assert (done.returncode, done.stdout) == (0, "returned\n")
         assert "draining 1 runs, at most 20 s" in done.stderr
+
+    def test_changes_from_an_event(self) -> None:
+        """A hook that removes and adds jobs while others are being handed out makes no tick come twice."""
+        registry, fired = Registry(), []
+
+        async def unrelated() -> None: ...
+
+        def hook(run: Run) -> None:
+            if run.state is State.SKIPPED:
+                registry.remove("unrelated")
+                registry.job(every="1h")(unrelated)
+
+        async def noted() -> None:
+            fired.append(current_run().id)
+            if current_run().job == "first":
+                await asyncio.sleep(1000)
+
+        async def main() -> None:
+            async with driven(registry, hook):
+                await asyncio.sleep(65)
+
+        registry.job(every="1h")(unrelated)
+        for name in ("first", "second", "third"):
+            registry.job(every="10s", name=name)(noted)
+        virtually(main())
+        assert len(fired) == len(set(fired)) == 1 + 2 * 6
 
     def test_traceback_without_configuration(self) -> None:
         """The last failure's traceback is on stderr though nobody configured logging."""
