@@ -2243,7 +2243,9 @@ class _Engine:
         try:
             if _verdict(run.attempt, run.lost, spec.retries, spec.on_crash) == "run" and spec.retryable(error):
                 return _Outcome(_SCHEDULED, error, delay=spec.delay(run.attempt, f"{run.id} {run.attempt}"))
-        except Exception as bug:
+        except BaseException as bug:
+            if isinstance(bug, KeyboardInterrupt):
+                raise
             _log.error("%s: retry_on or retry_delay failed: %s", run, _summary(bug), exc_info=bug)
         if spec.on_error is not None:
             await self._hook(run, spec.on_error, error)
@@ -2340,7 +2342,9 @@ class _Engine:
             return
         try:
             self._on_event(run)
-        except (Exception, SystemExit, asyncio.CancelledError) as bug:
+        except BaseException as bug:
+            if isinstance(bug, KeyboardInterrupt):
+                raise
             _log.error("%s: on_event failed: %s", run, _summary(bug), exc_info=bug)
 
     # What users ask for

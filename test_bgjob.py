@@ -1023,6 +1023,28 @@ class TestRetries:
         assert [run.state for run in runs] == ["failed"] * 5
 
 
+    @pytest.mark.parametrize("raised", [ValueError(), SystemExit(2), BaseExceptionGroup("g", [SystemExit()])])
+    @pytest.mark.parametrize("hook", ["retry_on", "retry_delay", "on_error", "on_event"])
+    def test_hooks_that_raise(self, hook: str, raised: BaseException) -> None:
+        """Whatever a hook raises is logged; the run ends as it would, its slot comes back, nothing stops."""
+        registry, begun = Registry(), []
+
+        def broken(*_: object) -> bool:
+            raise raised
+
+        @registry.job(every="1m", overlap="all", retries=1, **({} if hook == "on_event" else {hook: broken}))
+        async def bad() -> None:
+            begun.append(asyncio.get_running_loop().time())
+            await asyncio.sleep(90)
+            raise KeyError
+
+        async def main() -> None:
+            async with driven(registry, broken if hook == "on_event" else None):
+                await asyncio.sleep(1000)
+
+        virtually(main())
+        assert len(begun) == 11
+
 class TestDeclarations:
     WRONG = (
         ({"every": "5x"}, "job 'f': every='5x': not a duration; write seconds (90), a timedelta, or text such as '30s' or '1h30m'"),
