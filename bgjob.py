@@ -2095,6 +2095,8 @@ class _Engine:
         if run.lane.waiting is None:
             run.lane.waiting = OrderedDict()
         run.lane.waiting[run] = None
+        if self._fresh:
+            self.loop.call_soon(self._check_entered)
 
     def _refill(self, lane: _Lane) -> None:
         while lane.waiting and lane.busy < lane.spec.parallelism:
@@ -2141,7 +2143,7 @@ class _Engine:
             if run.state is not _SCHEDULED or run not in self._live or run.task is None:
                 continue
             if run.task.done():
-                self._finish(run, _Outcome(_FAILED, asyncio.CancelledError("cancelled before its first step")))
+                self._finish(run, _judge(run.stop, asyncio.CancelledError("cancelled before its first step"), None))
             else:
                 self._fresh.append(run)
 

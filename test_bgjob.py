@@ -1022,7 +1022,6 @@ class TestRetries:
         runs = registry.simulate("5m", start=START)
         assert [run.state for run in runs] == ["failed"] * 5
 
-
     @pytest.mark.parametrize("raised", [ValueError(), SystemExit(2), BaseExceptionGroup("g", [SystemExit()])])
     @pytest.mark.parametrize("hook", ["retry_on", "retry_delay", "on_error", "on_event"])
     def test_hooks_that_raise(self, hook: str, raised: BaseException) -> None:
@@ -1044,6 +1043,7 @@ class TestRetries:
 
         virtually(main())
         assert len(begun) == 11
+
 
 class TestDeclarations:
     WRONG = (
@@ -1254,6 +1254,31 @@ class TestEngine:
                 assert await second.result(5) == 1
 
         asyncio.run(main())
+
+    @pytest.mark.parametrize("cancelled", [False, True])
+    def test_who_waits_for_a_slot_that_never_began(self, cancelled: bool) -> None:
+        """Nobody has to ask for a run behind it to start, and a reason that was written before decides."""
+        registry, runs = Registry(), []
+
+        @registry.job(parallelism=1)
+        async def work(n: int) -> None: ...
+
+        def factory(loop: asyncio.AbstractEventLoop, coro: object, **keywords: object) -> asyncio.Task[object]:
+            loop.set_task_factory(None)
+            if cancelled:
+                asyncio.Task(runs[0].cancel(), loop=loop)
+            task = asyncio.Task(coro, loop=loop, **keywords)
+            task.cancel()
+            return task
+
+        async def main() -> None:
+            async with driven(registry):
+                runs.extend([await work.submit(n) for n in range(2)])
+                asyncio.get_running_loop().set_task_factory(factory)
+                await asyncio.sleep(1)
+
+        virtually(main())
+        assert [run.state for run in runs] == ["cancelled" if cancelled else "failed", "succeeded"]
 
     def test_dependencies(self) -> None:
         """Dependencies are made once per attempt and cleaned up in reverse order, whatever the outcome."""
