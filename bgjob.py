@@ -1815,6 +1815,7 @@ class _Engine:
         self._past = _Past()
         self._ids = _Ids(clock.entropy())
         self._idle: asyncio.Future[None] | None = None
+        self._opening: asyncio.Task[object] | None = None
         self._closing = self._closed = False
 
     # Open and close
@@ -1830,15 +1831,31 @@ class _Engine:
             known = ", ".join(registry.jobs) or "none"
             raise BgjobError(f"jobs={sorted(unknown)}: no such job; the registered ones are: {known}")
         registry._engine = self
+        self._opening = asyncio.current_task()
         try:
             for need in _app_needs(job._spec.plan for job in jobs):
                 await self._app.get(need)
             await self._begin(jobs)
         except BaseException:
+            self._closing = True  # a job registered meanwhile has set the timer
+            if self._timer is not None:
+                self._timer.cancel()
             registry._engine = None
             await self._app.close(_GRACE)
             raise
+        self._opening = None
         self._arm()
+
+    async def opened(self) -> bool:
+        """Open, unless a signal comes first, whose cancellation ends here."""
+        try:
+            await self.open()
+        except asyncio.CancelledError:
+            task = cast("asyncio.Task[object]", self._opening)
+            if not self.stopping.is_set() or task.uncancel():
+                raise
+            return False
+        return True
 
     async def _begin(self, jobs: Sequence[Job]) -> None:
         self._read_clocks()
@@ -1892,9 +1909,11 @@ class _Engine:
         heapq.heapify(self._heap)
 
     def stop(self) -> None:
-        """A signal: the first one begins the drain, the second ends its wait."""
+        """A signal: the first one begins the drain, the second ends its wait. An "app" dependency may hang before."""
         if self.stopping.is_set():
             self._wake_close()
+        elif self._opening is not None:
+            self._opening.cancel()
         self.stopping.set()
 
     async def close(self) -> None:
@@ -3975,7 +3994,8 @@ class Registry:
         """
         engine = self._new_engine(store, jobs, drain, on_event)
         with _signals(engine.stop):
-            await engine.open()
+            if not await engine.opened():
+                return
             try:
                 await engine.stopping.wait()
             finally:

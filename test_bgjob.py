@@ -1384,6 +1384,40 @@ class TestEngine:
         with pytest.raises(BgjobError, match="call it inside run"):
             asyncio.run(registry.find("x"))
 
+    @pytest.mark.parametrize("signalled", [False, True])
+    def test_stopped_while_it_opens(self, signalled: bool) -> None:
+        """An "app" dependency that hangs doesn't keep a signal or a cancellation from ending run()."""
+        registry, ended = Registry(), []
+
+        async def hangs() -> None:
+            try:
+                await asyncio.sleep(10_000)
+            finally:
+                ended.append("hangs")
+
+        @registry.job(every="1h")
+        async def work(x: None = Depends(hangs, scope="app")) -> None: ...
+
+        async def late() -> None:
+            ended.append("late")
+
+        async def main() -> None:
+            task = asyncio.create_task(registry.run())
+            await asyncio.sleep(1)
+            registry.job(every="10s", name="late")(late)
+            stop = registry._engine.stop if signalled else task.cancel
+            stop()
+            stop()
+            with contextlib.suppress(asyncio.CancelledError):
+                ended.append(await task)
+            await asyncio.sleep(100)
+            assert asyncio.get_running_loop().time() < 200
+            assert registry._engine is None
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+        virtually(main())
+        assert ended == (["hangs", None] if signalled else ["hangs"])
+
     def test_what_would_not_stop(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
         """A task that ignores its cancellation and a thread are named in the log, and don't hold the shutdown."""
         registry, release = Registry(), threading.Event()
