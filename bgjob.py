@@ -2344,6 +2344,8 @@ class _Engine:
                 self._free(run.lane)
         self._tell(run, state, reason)
         if run.call or state is not _SUCCEEDED:
+            if run.key is not None:
+                self._read_clocks()  # its key is kept from the end, and nothing may have woken us since the start
             self._past.add(run, self._now)
 
     def _tell(self, run: Run, state: State, reason: str | None = None) -> None:

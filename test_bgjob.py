@@ -1203,6 +1203,24 @@ class TestEngine:
 
         registry.simulate("2d", start=START, main=main)
 
+    def test_key_of_a_long_run(self) -> None:
+        """A key is kept for a day from the end of its run, however long that took."""
+        registry = Registry()
+
+        @registry.job
+        async def long() -> None:
+            await asyncio.sleep(30 * 3600)
+
+        async def main() -> None:
+            one = await long.after(0, key="k").submit()
+            await one.result()
+            await asyncio.sleep(86_000)
+            assert await long.after(0, key="k").submit() is one
+            await asyncio.sleep(500)
+            assert await long.after(0, key="k").submit() is not one
+
+        registry.simulate("3d", start=START, main=main)
+
     def test_timeout_and_cancel(self) -> None:
         """The reason written before the cancellation decides, clean-ups run, and the next tick still fires."""
         registry, cleaned = Registry(), []
