@@ -165,7 +165,7 @@ def _duration(what: str, value: object, least: int = 0) -> int:
     elif isinstance(value, timedelta):
         ms = value / _MS
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        ms = value * 1000
+        ms = max(min(value * 1000, 2 * _CENTURY), -_CENTURY)  # an int may be too large for a float
     else:
         ms = math.nan
     if math.isnan(ms):
@@ -689,7 +689,10 @@ def _retry_delay(value: RetryDelay) -> Callable[[int, str], int]:
     if not dots:
         fixed = _duration("retry_delay", value)
         return lambda retry, text: fixed
-    low, high = _duration("retry_delay", first, 1), _duration("retry_delay", last, 1)
+    try:
+        low, high = _duration("retry_delay", first, 1), _duration("retry_delay", last, 1)
+    except ScheduleError:
+        raise ScheduleError(f"retry_delay={value!r}: write two durations of at least 1 ms, such as '1s..5m'") from None
     if low > high:
         raise ScheduleError(f"retry_delay={value!r}: begins longer than it ends; write '{last}..{first}'")
     return functools.partial(_doubling, low, high)
@@ -930,10 +933,12 @@ def Depends(factory: Factory, scope: Scope = "run") -> object:
             outcome. "app": made when `run()` starts and cleaned up after the last run; it can't need a "run" one.
 
     Raises:
-        ScheduleError: `factory` can't be called, or `scope` is unknown.
+        ScheduleError: `factory` can't be called or isn't hashable, or `scope` is unknown.
     """
     if not callable(factory):
         raise ScheduleError(f"Depends({factory!r}): not callable; pass the factory itself, without calling it")
+    if getattr(factory, "__hash__", None) is None:
+        raise ScheduleError(f"Depends({factory!r}): not hashable, so it couldn't be overridden; wrap it in a function")
     if scope not in ("run", "app"):
         raise ScheduleError(f"Depends({_name_of(factory)}, scope={scope!r}): write 'run' or 'app'")
     return _Dependency(factory, scope)
@@ -976,7 +981,9 @@ def _signature(function: Factory) -> inspect.Signature:
 
 def _check_needs(plan: _Plan, scope: Scope | None = None, path: tuple[Factory, ...] = ()) -> None:
     """Refuse now what could only fail later: a circle, an unfilled parameter, an "app" that needs a "run"."""
-    for need in plan.needs.values():
+    for name, need in plan.needs.items():
+        if name not in plan.accepted:
+            raise ScheduleError(f"Depends can't fill the positional-only parameter {name}; remove the '/' behind it")
         factory, chain = need.factory, " -> ".join(_name_of(f) for f in (*path, need.factory))
         if factory in path:
             raise ScheduleError(f"Depends: {chain} is a circle; break it")
@@ -1141,7 +1148,7 @@ class _Spec:
         scheduled = self.schedule is not None or self.after is not None
         self.args = _scheduled_args(plan, s.args, scheduled)
         self.immediate = _flag("immediate", s.immediate)
-        self.jitter = _duration("jitter", s.jitter) if s.jitter else 0
+        self.jitter = _duration("jitter", s.jitter)
         self.parallelism = (1 if scheduled else 10) if s.parallelism is None else _int("parallelism", s.parallelism, 1)
         self.overlap = _choice("overlap", s.overlap, ("skip", "queue", "all"))
         self.expires = None if s.expires is None else _duration("expires", s.expires, 1)
@@ -1192,7 +1199,8 @@ def _scheduled_args(plan: _Plan, given: object, scheduled: bool) -> Mapping[str,
     if given is not None and not isinstance(given, Mapping):
         raise ScheduleError(f"args={given!r}: not a mapping; write args={{'name': value}}")
     args = dict(cast(Mapping[str, object], given)) if given else _NO_ARGS
-    unknown = [] if plan.any_name else [name for name in args if name not in plan.accepted]
+    accepted = args if plan.any_name else plan.accepted
+    unknown = [name for name in args if name not in accepted or not isinstance(cast(object, name), str)]
     if unknown:
         known = ", ".join(sorted(plan.accepted)) or "none"
         raise ScheduleError(f"args: unknown parameter {', '.join(map(repr, unknown))}; the function's are: {known}")
@@ -3789,7 +3797,7 @@ class Registry:
     def __init__(self) -> None:
         self.overrides: dict[Factory, Factory] = {}
         self._jobs: dict[str, Job] = {}
-        self._plans: dict[Factory, _Plan] = {}
+        self._plans: dict[int, _Plan] = {}  # by the function's id, for a callable need not be hashable
         self._engine: _Engine | None = None
 
     @property
@@ -3891,7 +3899,7 @@ class Registry:
     def _add(self, settings: _Settings, function: Callable[..., object]) -> Job:
         if isinstance(function, Job):
             function = function.function
-        plan = self._plans.get(function) if callable(function) else None
+        plan = self._plans.get(id(function))
         if plan is None:
             _check_function(function)
         name = _job_name(function, settings.name)
@@ -3909,7 +3917,7 @@ class Registry:
     def _plan(self, function: Factory) -> _Plan:
         plan = _Plan(function)
         _check_needs(plan)
-        self._plans[function] = plan
+        self._plans[id(function)] = plan
         return plan
 
     def _refuse_taken(self, job: Job) -> None:
@@ -3934,6 +3942,7 @@ class Registry:
             raise BgjobError(
                 f"job {name!r}: not registered; the registered ones are: {', '.join(self._jobs) or 'none'}"
             )
+        self._plans.pop(id(job.function), None)
         if self._engine is not None:
             self._engine.unregistered(job)
 
@@ -3946,8 +3955,8 @@ class Registry:
     ) -> _Engine:
         if isinstance(jobs, str):
             raise BgjobError(f"jobs={jobs!r}: write a list of names, [{jobs!r}]")
-        if on_event is not None and not callable(on_event):
-            raise BgjobError(f"on_event={on_event!r}: not callable; pass a function of one run")
+        if on_event is not None and (not callable(on_event) or _is_async(on_event)):
+            raise BgjobError(f"on_event={on_event!r}: not a plain function; pass one that takes the run")
         clock = _Clock(asyncio.get_running_loop().time)
         if store is None:
             return _Engine(self, jobs, _duration("drain", drain), on_event, clock)

@@ -1073,6 +1073,9 @@ class TestDeclarations:
         ({"on_crash": "retry"}, "job 'f': on_crash='retry': write 'rerun' or 'drop'"),
         ({"timeout": 0}, "job 'f': timeout=0: too short; write a duration of at least 1 ms, for instance '30s'"),
         ({"expires": "soon"}, "job 'f': expires='soon': not a duration; write seconds (90), a timedelta, or text such as '30s' or '1h30m'"),
+        ({"every": 10**400}, f"job 'f': every={10**400}: more than 100 years; write a duration of at least 1 ms, for instance '30s'"),
+        ({"every": 1, "jitter": ""}, "job 'f': jitter='': not a duration; write seconds (90), a timedelta, or text such as '30s' or '1h30m'"),
+        ({"retry_delay": "1s.."}, "job 'f': retry_delay='1s..': write two durations of at least 1 ms, such as '1s..5m'"),
         ({"name": "a@b"}, "name='a@b': write printable text without '@' and '#'"),
         ({"name": ""}, "name='': write printable text without '@' and '#'"),
     )  # fmt: skip
@@ -1086,6 +1089,36 @@ class TestDeclarations:
         with pytest.raises(ScheduleError) as caught:
             Registry().job(**keywords)(f)
         assert str(caught.value) == message
+
+    def test_callables(self) -> None:
+        """A callable that isn't hashable is a job, no factory; names are text; Depends can't fill by position."""
+        registry = Registry()
+
+        class Callable:
+            __hash__ = None
+
+            def __call__(self, **names: object) -> None: ...
+
+        async def by_position(x: int = Depends(int), /) -> None: ...
+
+        registry.job(name="callable")(Callable())
+        for call, message in (
+            (lambda: registry.job(every=1, name="x", args={1: 2})(Callable()), "job 'x': args: unknown parameter 1;"),
+            (lambda: Depends(Callable()), "not hashable, so it couldn't be overridden; wrap it in a function"),
+            (lambda: registry.job(by_position), "can't fill the positional-only parameter x; remove the '/' behind it"),
+        ):
+            with pytest.raises(ScheduleError, match=message):
+                call()
+        registry.remove("callable")
+
+    def test_on_event(self) -> None:
+        """An async function as on_event would never be awaited, so it is refused."""
+
+        async def hook(run: Run) -> None: ...
+
+        for wrong in (hook, 5):
+            with pytest.raises(BgjobError, match="not a plain function; pass one that takes the run"):
+                asyncio.run(Registry().run(on_event=wrong))
 
     def test_functions(self) -> None:
         """What can't be a job is refused: generators, classes, nameless functions, unfilled parameters, taken names."""
