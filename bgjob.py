@@ -1688,7 +1688,7 @@ def _judge(stop: _Stop | None, error: BaseException | None, timeout: int | None)
         return _Outcome(_FAILED, BgjobError(stop))
     if stop is None or (stop in (_Stop.SHUTDOWN, _Stop.LEASE) and error is None):
         return _SUCCESS if error is None else _Outcome(_FAILED, error)
-    return _Outcome(_CANCELLED, None, stop)
+    return _Outcome(_CANCELLED, None if isinstance(error, asyncio.CancelledError) else error, stop)
 
 
 class _Lane:
@@ -2318,6 +2318,8 @@ class _Engine:
         else:
             if outcome.error is not None:
                 run.error, run._exception = _summary(outcome.error), outcome.error
+                if outcome.state is _CANCELLED:
+                    _log.error("%s failed while it was cancelled: %s", run, run.error, exc_info=outcome.error)
             self._end(run, outcome.state, outcome.reason)
         if lane.waiting:
             self._free(lane)

@@ -1254,8 +1254,11 @@ class TestEngine:
 
         registry.simulate("3d", start=START, main=main)
 
-    def test_timeout_and_cancel(self) -> None:
-        """The reason written before the cancellation decides, clean-ups run, and the next tick still fires."""
+    def test_timeout_and_cancel(self, caplog: pytest.LogCaptureFixture) -> None:
+        """The reason written before the cancellation decides, clean-ups run, and the next tick still fires.
+
+        What a clean-up raises after a cancel changes nothing, but isn't swallowed.
+        """
         registry, cleaned = Registry(), []
 
         @registry.job(every="1m", timeout="5s")
@@ -1279,10 +1282,12 @@ class TestEngine:
             with pytest.raises(RunCancelled):
                 await run.result()
             assert not await run.cancel()
+            assert run.error == "ValueError: instead"
 
         runs = [run for run in registry.simulate("5m30s", start=START, main=main) if run.job == "hangs"]
         assert [(run.state, run.error) for run in runs] == [("failed", "TimeoutError: no end within 5 s")] * 5
         assert len(cleaned) == 5
+        assert [r.exc_info is not None for r in caplog.records if "while it was cancelled" in r.getMessage()] == [True]
 
     def test_cancelled_before_first_step(self) -> None:
         """A task that somebody cancels before its first step gives its slot back."""
