@@ -75,7 +75,7 @@ from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from enum import StrEnum
 from types import FrameType, MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, cast, overload
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 from zlib import crc32
 
 if TYPE_CHECKING:
@@ -1694,7 +1694,7 @@ def _judge(stop: _Stop | None, error: BaseException | None, timeout: int | None)
 class _Lane:
     """One job in one engine: its ticks, its slots, and who waits for one."""
 
-    __slots__ = ("busy", "limit", "parked", "seq", "skipped", "spec", "ticks", "unfinished", "waiting")
+    __slots__ = ("__weakref__", "busy", "limit", "parked", "seq", "skipped", "spec", "ticks", "unfinished", "waiting")
 
     def __init__(self, spec: _Spec, seq: int) -> None:
         self.spec = spec
@@ -1812,6 +1812,7 @@ class _Engine:
         self._app = _AppScope(registry.overrides)
         self._seq = itertools.count()
         self._lanes: dict[str, _Lane] = {}
+        self._retired: WeakSet[_Lane] = WeakSet()  # of replaced and removed jobs, while a run holds on to them
         self._heap: list[tuple[int, int, _Lane | _Live]] = []
         self._dead = 0  # entries of the heap that were cancelled
         self._timer: asyncio.Handle | None = None
@@ -1913,6 +1914,7 @@ class _Engine:
     def _retire(self, lane: _Lane) -> None:
         """End a schedule; the runs it has begun are left alone."""
         lane.ticks, lane.parked = iter(()), None
+        self._retired.add(lane)
         self._heap[:] = [entry for entry in self._heap if entry[2] is not lane]  # in place: _admit may be at it
         heapq.heapify(self._heap)
 
@@ -2414,8 +2416,7 @@ class _Engine:
         return True
 
     async def cancel_all(self, job: Job) -> int:
-        lane = self._lanes.get(job.name)
-        runs = [run for run in self._unfinished() if run.lane is lane]
+        runs = [run for run in self._unfinished() if run.job == job.name]
         return sum(self._cancel(run) for run in runs)
 
     async def ended(self, run: Run, timeout: float | None) -> None:
@@ -2440,7 +2441,7 @@ class _Engine:
     def _scheduled(self, lane: _Lane | None = None) -> Iterator[_Live]:
         """The runs that wait: for their time, or for a slot."""
         due = [item for _, _, item in self._heap if isinstance(item, _Live) and item.state is _SCHEDULED]
-        for one in self._lanes.values() if lane is None else (lane,):
+        for one in (*self._lanes.values(), *self._retired) if lane is None else (lane,):
             due.extend(one.waiting or ())
         return (run for run in due if lane is None or run.lane is lane)
 

@@ -1474,6 +1474,38 @@ class TestEngine:
         virtually(main())
         assert ended == (["hangs", None] if signalled else ["hangs"])
 
+    def test_replaced_and_removed(self) -> None:
+        """The runs of a job that is replaced or removed are still found: by its cancel, and at the end."""
+        registry, runs = Registry(), []
+
+        def load(wait: float) -> bgjob.Job:
+            @registry.job(parallelism=1)
+            async def work(n: int) -> None:
+                await asyncio.sleep(wait)
+
+            return work
+
+        async def main() -> None:
+            async with driven(registry):
+                runs.extend([await load(1000).submit(n) for n in range(1)])
+                runs.append(await registry.jobs["work"].submit(1))
+                await asyncio.sleep(1)
+                runs.append(await load(1000).submit(2))
+                await asyncio.sleep(1)
+                assert await runs[0].cancel()
+                await asyncio.sleep(1)
+                assert [run.state for run in runs] == ["cancelled", "running", "running"]
+                assert await registry.jobs["work"].cancel() == 2
+                runs.append(await registry.jobs["work"].submit(3))
+                runs.append(await registry.jobs["work"].submit(4))
+                await asyncio.sleep(1)
+                load(1)
+            assert [run.state for run in runs] == ["cancelled"] * 5
+            await runs[4].result()
+
+        with pytest.raises(RunCancelled, match="stopped"):
+            virtually(main())
+
     def test_what_would_not_stop(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
         """A task that ignores its cancellation and a thread are named in the log, and don't hold the shutdown."""
         registry, release = Registry(), threading.Event()
