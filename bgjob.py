@@ -1760,6 +1760,9 @@ class _Live(Run[object]):
         self._owner = owner
 
 
+_Entry: TypeAlias = tuple[int, int, _Lane | _Live]  # due, order of entering, what is due
+
+
 class _Past:
     """What memory remembers of ended runs, so that `find()` and keys work: bounded, and without tracebacks."""
 
@@ -1813,7 +1816,7 @@ class _Engine:
         self._seq = itertools.count()
         self._lanes: dict[str, _Lane] = {}
         self._retired: WeakSet[_Lane] = WeakSet()  # of replaced and removed jobs, while a run holds on to them
-        self._heap: list[tuple[int, int, _Lane | _Live]] = []
+        self._heap: list[_Entry] = []
         self._dead = 0  # entries of the heap that were cancelled
         self._timer: asyncio.Handle | None = None
         self._armed = math.inf
@@ -1869,16 +1872,16 @@ class _Engine:
     async def _begin(self, jobs: Sequence[Job]) -> None:
         self._read_clocks()
         for job in jobs:
-            self._enter(job)
+            self._heap.extend(self._enter(job))
         heapq.heapify(self._heap)
         _log.info("bgjob %s runs %d jobs", __version__, len(self._lanes))
 
-    def _enter(self, job: Job) -> None:
+    def _enter(self, job: Job) -> list[_Entry]:
+        """Give a job its lane; what goes into the heap for it, where it has a schedule."""
         lane = _Lane(job._spec, next(self._seq))
         self._lanes[job.name] = lane
         first = lane.begin(self._now)
-        if first is not None:
-            self._heap.append((first, lane.seq, lane))
+        return [] if first is None else [(first, lane.seq, lane)]
 
     def registered(self, job: Job) -> None:
         self._here(self._register, job)
@@ -1900,8 +1903,8 @@ class _Engine:
         if old is not None:
             self._retire(old)
         self._read_clocks()
-        self._enter(job)
-        heapq.heapify(self._heap)
+        for entry in self._enter(job):
+            heapq.heappush(self._heap, entry)
         self._arm()
 
     def _unregister(self, job: Job) -> None:
@@ -2636,7 +2639,7 @@ class _Shared(_Engine):
         await self._store.open(owner, self._hint)
         try:
             for job in jobs:
-                self._enter(job)
+                self._heap.extend(self._enter(job))
             heapq.heapify(self._heap)
             try:
                 await self._enlist()
@@ -2660,13 +2663,12 @@ class _Shared(_Engine):
         task = self._tasks[name] = self.loop.create_task(duty(), name=f"bgjob {name}")
         task.add_done_callback(ended)
 
-    def _enter(self, job: Job) -> None:
+    def _enter(self, job: Job) -> list[_Entry]:
         lane = _SharedLane(job._spec, next(self._seq))
         self._lanes[job.name] = lane
         self._arrivals[lane] = True
-        if job._spec.after is not None:
-            self._heap.append((self._now + job._spec.after, lane.seq, lane))
         self._poked.set()
+        return [] if job._spec.after is None else [(self._now + job._spec.after, lane.seq, lane)]
 
     def _retire(self, lane: _Lane) -> None:
         super()._retire(lane)
