@@ -3045,24 +3045,29 @@ class _Shared(_Engine):
         call = Call(id, job.name, at, delay, payload)
         wake = lane is None or lane.busy >= lane.spec.parallelism
         while True:
-            (stored,) = await self._insist(f"job {job.name!r}: submit()", lambda: self._store.push([call], wake))
+            try:
+                (stored,) = await self._store.push([call], wake)
+            except Unreachable:
+                what = f"job {job.name!r}: submit()"
+                (stored,) = await self._insist(what, lambda: self._store.push([call], wake))
             if stored is not None or key is None:
                 break
             known = await self.find(id)
             if known is not None:
                 return known
-        return await self._submitted(job, call, lane, self._now + delay if stored is None else stored)
+        run = self._submitted(job, call, lane, self._now + delay if stored is None else stored)
+        # SQLite answers without a pause, and a loop of submits must not keep everybody else from running.
+        if self._mono() - self._yielded > _YIELD:
+            await asyncio.sleep(0)
+            self._yielded = self._mono()
+        return run
 
-    async def _submitted(self, job: Job, call: Call, lane: _Lane | None, at: int) -> Run:
+    def _submitted(self, job: Job, call: Call, lane: _Lane | None, at: int) -> Run:
         run = self._handle(call.id, lane or _Lane(job._spec, 0), at, True, call.args)
         run.stored = True
         self._handles[call.id] = run
         if lane is not None:
             self._expect(lane, at)
-        # SQLite answers without a pause, and a loop of submits must not keep everybody else from running.
-        if self._mono() - self._yielded > _YIELD:
-            await asyncio.sleep(0)
-            self._yielded = self._mono()
         return run
 
     async def cancel(self, run: Run) -> bool:
