@@ -206,6 +206,7 @@ def _to_ms(what: str, when: object) -> int:
     return (when - _EPOCH) // _MS
 
 
+@functools.lru_cache(maxsize=16)  # where a thousand jobs are due in one second
 def _iso(ms: int) -> str:
     text = (_EPOCH + ms * _MS).isoformat(timespec="milliseconds" if ms % 1000 else "seconds")
     return text[: -len("+00:00")] + "Z"
@@ -2818,7 +2819,11 @@ class _Shared(_Engine):
     async def _hand_out(self) -> None:
         self._read_clocks()
         while self._heap and self._heap[0][0] <= self._now and len(self._wanted) < _AT_ONCE:
-            self._admit(self._now)  # else a thousand jobs of one second would be a call for each batch
+            lane = self._heap[0][2]
+            if not isinstance(lane, _SharedLane) or lane.spec.schedule is None:
+                break
+            heapq.heappop(self._heap)  # or a thousand jobs of one second would be a call for each of _admit's batches
+            self._wanted[lane] = None
         lanes = list(itertools.islice(self._wanted, _AT_ONCE))
         asked = self._mono()
         now, answers = await self._store.tick([lane.offer(self._now) for lane in lanes])
@@ -3607,17 +3612,17 @@ class SQLiteStore:
             db.executemany(self._sql.handed_out, gone)
             won = [answer for answer in decided if answer.word == "won"]
             count = db.executemany(self._sql.won, [self._new_run(answer, now) for answer in won]).rowcount
-            started = {answer.tick.id for answer in won if answer.run is not None}
+            started = {answer.run.id for answer in won if answer.run is not None}
             if count < len(won):  # a tick that was handed out before its job was deleted and enlisted again
                 started &= {id for (id,) in db.execute(self._sql.mine, (self._owner, now))}
         self._held.update(dict.fromkeys(started, 1))
-        return now, [a if a.run is None or a.tick.id in started else a._replace(run=None) for a in decided]
+        return now, [a if a.run is None or a.run.id in started else a._replace(run=None) for a in decided]
 
     def _new_run(self, answer: Answer, now: int) -> tuple[object, ...]:
         tick = answer.tick
         if answer.run is None:
             return tick.id, tick.job, tick.at + tick.delay, tick.at, 0, None, None
-        return tick.id, tick.job, now + self.lease, tick.at, 1, self._owner, now
+        return answer.run.id, tick.job, now + self.lease, tick.at, 1, self._owner, now
 
     async def push(self, calls: Sequence[Call], wake: bool) -> Sequence[int | None]:
         if len(calls) == 1:  # a transaction by itself, which saves a fifth
