@@ -876,9 +876,10 @@ def current_run() -> Run:
 
 
 def _summary(error: BaseException) -> str:
-    """The error as one line; an exception whose `__str__` raises must not take the engine along."""
+    """The error as one line that every store takes; one whose `__str__` raises must not take the engine along."""
     try:
         first = str(error).partition("\n")[0]
+        first = first.encode(errors="backslashreplace").decode().replace("\0", r"\0")  # surrogates, as in file names
     except Exception:
         first = "<its str() raises>"
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
@@ -3177,7 +3178,7 @@ def _learn(run: Run, row: Row) -> None:
 def _result_json(value: object) -> str | None:
     try:
         text = _dumps(value)
-    except (TypeError, ValueError, RecursionError):
+    except Exception:  # an object of the user's, whose methods may raise anything
         return None
     return text if len(text) <= _MAX_ARGS else None
 

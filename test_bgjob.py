@@ -4,19 +4,26 @@ import ast
 import asyncio
 import calendar
 import contextlib
+import functools
+import importlib
 import os
 import random
 import re
 import signal
+import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 import zoneinfo
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from itertools import islice, takewhile
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode, urlsplit
 
 import pytest
 from hypothesis import given, settings
@@ -26,6 +33,7 @@ import bgjob
 from bgjob import (
     BgjobError,
     Depends,
+    Job,
     Registry,
     Run,
     RunCancelled,
@@ -1607,6 +1615,249 @@ class TestEngine:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
         assert "failed at attempt 1 of 2: ValueError: boom; retry in" in done.stderr
         assert done.stderr.count("Traceback") == 1
+
+
+class SQLitePlace:
+    """A fresh place for a store, and a way to look into it behind the back of its users."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "jobs.db"
+
+    def url(self, prefix: str = "bgjob", **options: object) -> str:
+        return f"sqlite:///{self.file}?{urlencode({'prefix': prefix, **options})}"
+
+    async def rewind(self, job: str, last: int, prefix: str = "bgjob") -> None:
+        with closing(sqlite3.connect(self.file)) as db, db:
+            assert db.execute(f"UPDATE {prefix}_tick SET last = ? WHERE job = ?", (last, job)).rowcount == 1
+
+    async def drop(self) -> None:
+        pass
+
+
+class PostgresPlace:
+    def __init__(self) -> None:
+        self.server = os.environ.get("BGJOB_TEST_POSTGRES", "postgresql://postgres@127.0.0.1:5432/postgres")
+        self.prefix = f"t{os.urandom(5).hex()}"
+
+    def url(self, prefix: str = "bgjob", **options: object) -> str:
+        mark = "&" if "?" in self.server else "?"
+        return f"{self.server}{mark}{urlencode({'prefix': f'{self.prefix}_{prefix}', **options})}"
+
+    async def rewind(self, job: str, last: int, prefix: str = "bgjob") -> None:
+        await self._execute(f"UPDATE {self.prefix}_{prefix}_tick SET last = $1 WHERE job = $2", last, job)
+
+    async def drop(self) -> None:
+        tables = f"SELECT tablename FROM pg_tables WHERE tablename LIKE '{self.prefix}\\_%'"
+        for (table,) in await self._execute(tables):
+            await self._execute(f"DROP TABLE {table}")
+
+    async def _execute(self, sql: str, *parameters: object) -> list[tuple[str]]:
+        connection = await importlib.import_module("asyncpg").connect(self.server)
+        try:
+            return await connection.fetch(sql, *parameters)
+        finally:
+            await connection.close()
+
+
+class RedisPlace:
+    def __init__(self) -> None:
+        self.server = os.environ.get("BGJOB_TEST_REDIS", "redis://127.0.0.1:6379")
+        self.prefix = f"t{os.urandom(5).hex()}"
+
+    def url(self, prefix: str = "bgjob", **options: object) -> str:
+        return f"{self.server}?{urlencode({'prefix': f'{self.prefix}_{prefix}', **options})}"
+
+    async def rewind(self, job: str, last: int, prefix: str = "bgjob") -> None:
+        async with self._client() as client:
+            await client.hset(f"{{{self.prefix}_{prefix}}}:tick", job, last)
+
+    async def drop(self) -> None:
+        async with self._client() as client:
+            async for key in client.scan_iter(f"*{self.prefix}_*"):
+                await client.delete(key)
+
+    def _client(self) -> AbstractAsyncContextManager:
+        return importlib.import_module("redis.asyncio").from_url(self.server)
+
+
+PLACES = {"sqlite": SQLitePlace, "postgres": PostgresPlace, "redis": RedisPlace}
+
+
+def refuse_server(why: str) -> None:
+    """A test without its server is skipped and says so; where everything must be tested, it fails."""
+    if "CI" in os.environ:
+        pytest.fail(why)
+    pytest.skip(why)
+
+
+def found_place(kind: str, folder: Path) -> SQLitePlace | PostgresPlace | RedisPlace:
+    if kind == "sqlite":
+        return SQLitePlace(folder)
+    if not hasattr(bgjob, f"{kind.capitalize()}Store"):
+        pytest.skip(f"no {kind.capitalize()}Store")
+    place = PLACES[kind]()
+    server = urlsplit(place.server)
+    try:
+        socket.create_connection((server.hostname, server.port or PORTS[kind]), 2).close()
+    except OSError as error:
+        refuse_server(f"no {kind} at {server.hostname}:{server.port}: {error}; set BGJOB_TEST_{kind.upper()}")
+    return place
+
+
+PORTS = {"postgres": 5432, "redis": 6379}
+
+
+@pytest.fixture(params=PLACES)
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SQLitePlace]:
+    found = found_place(request.param, tmp_path)
+    yield found
+    asyncio.run(found.drop())
+
+
+@pytest.fixture(params=["memory", *PLACES])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str | None]:
+    """Where one instance is enough: memory too, which is None."""
+    if request.param == "memory":
+        yield None
+        return
+    found = found_place(request.param, tmp_path)
+    yield found.url()
+    asyncio.run(found.drop())
+
+
+def in_a_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """Run an async test; neither a task nor a thread may be left of what it began."""
+
+    @functools.wraps(test)
+    def wrapper(*args: object, **kwargs: object) -> None:
+        async def main() -> None:
+            async with asyncio.timeout(60):
+                await test(*args, **kwargs)
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+        threads = threading.active_count()
+        asyncio.run(main())
+        assert threading.active_count() <= threads
+
+    return wrapper
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait until something holds: no test relies on how long anything takes."""
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def going(store: str | None, *registries: Registry, **options: Any) -> AsyncIterator[None]:
+    """Run registries beside each other, each with a store object of its own: they are instances."""
+    async with AsyncExitStack() as stack:
+        for registry in registries:
+            await stack.enter_async_context(registry.running(store=store, **options))
+        yield
+
+
+Declare = Callable[[Registry], object]
+
+
+def several(number: int, declare: Declare) -> list[Registry]:
+    registries = [Registry() for _ in range(number)]
+    for registry in registries:
+        declare(registry)
+    return registries
+
+
+class Work:
+    """A job that notes what it does, fails as often as it is told, and can be held until it is released."""
+
+    def __init__(self, held: bool = False, failures: int = 0, **options: Any) -> None:
+        self.options = {"name": "work", **options}
+        self.release = asyncio.Event()
+        self.failures = failures
+        self.begun: list[Run] = []
+        self.args: list[object] = []
+        self.ticks: list[int] = []
+        self.tokens: list[tuple[int, int]] = []
+        self.ended: list[object] = []
+        self.cut: list[object] = []
+        self.now = self.most = 0
+        if not held:
+            self.release.set()
+
+    def __call__(self, registry: Registry) -> Job:
+        @registry.job(**self.options)
+        async def work(n: object = None) -> object:
+            self.note(n)
+            try:
+                await self.release.wait()
+                if len(self.begun) <= self.failures:
+                    raise ValueError(f"failure {len(self.begun)}")
+                self.ended.append(n)
+                return n
+            except asyncio.CancelledError:
+                self.cut.append(n)
+                raise
+            finally:
+                self.now -= 1
+
+        return work
+
+    def note(self, n: object) -> None:
+        run = current_run()
+        self.begun.append(run)
+        self.args.append(n)
+        self.ticks.append(int(run.tick.timestamp() * 1000 + 0.5))
+        self.tokens.append((run.attempt, run.token))
+        self.now += 1
+        self.most = max(self.most, self.now)
+
+
+def instances(number: int, work: Work) -> tuple[list[Registry], list[Job]]:
+    registries = several(number, work)
+    return registries, [registry.jobs[work.options["name"]] for registry in registries]
+
+
+class TestConformance:
+    """`run()` as a black box: the same over memory and every store, by one instance or by several."""
+
+    @in_a_loop
+    async def test_error_text(self, url: str | None) -> None:
+        """Whatever text a failure has (file names hold surrogates), it is stored, and stops nobody."""
+        registry = Registry()
+
+        @registry.job
+        async def bad() -> None:
+            raise ValueError("\udcff \0 ü")
+
+        @registry.job
+        async def good() -> int:
+            return 1
+
+        async with going(url, registry):
+            failing, fine = await bad.submit(), await good.submit()
+            assert await fine.result(20) == 1
+            with pytest.raises(RunFailed, match=r"ValueError: \\udcff \\0 ü$"):
+                await failing.result(20)
+
+    @in_a_loop
+    async def test_result_that_raises(self, place: SQLitePlace) -> None:
+        """A result that raises while it is turned into JSON isn't JSON; nothing else comes of it."""
+
+        class Lazy(dict[str, int]):
+            def items(self) -> Any:
+                raise RuntimeError("detached")
+
+        def declare(registry: Registry) -> None:
+            @registry.job
+            async def lazy() -> dict[str, int]:
+                return Lazy(a=1)
+
+        here, there = several(2, declare)
+        async with going(place.url(), here), going(place.url(), there, jobs=[]):
+            assert await (await here.jobs["lazy"].submit()).result(20) == {"a": 1}
+            with pytest.raises(BgjobError, match="isn't JSON and stayed where it ran"):
+                await (await there.jobs["lazy"].submit()).result(20)
 
 
 class TestHouse:
