@@ -3584,9 +3584,9 @@ class SQLiteStore:
 
     async def enlist(self, jobs: Mapping[str, Listing]) -> tuple[int, Mapping[str, int]]:
         names = _dumps([*jobs])
-        known = dict((await self._patiently(self._sql.last, (names,))).fetchall())
         now = await self._begin()
         with self._transaction() as db:
+            known = dict(db.execute(self._sql.last, (names,)).fetchall())
             db.executemany(self._sql.enlist, [(job, now, one.schedule, one.timeout) for job, one in jobs.items()])
             fresh = [job for job, one in jobs.items() if one.immediate and job not in known]
             db.executemany(self._sql.won, [(_tick_id(job, now), job, now, now, 0, None, None) for job in fresh])

@@ -18,7 +18,7 @@ import threading
 import time
 import zoneinfo
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing, contextmanager
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from itertools import islice, takewhile
 from pathlib import Path
@@ -39,6 +39,7 @@ from bgjob import (
     RunCancelled,
     RunFailed,
     ScheduleError,
+    SQLiteStore,
     State,
     _count,
     _Cron,
@@ -1758,6 +1759,15 @@ async def going(store: str | None, *registries: Registry, **options: Any) -> Asy
         yield
 
 
+@contextmanager
+def locked(file: Path) -> Iterator[sqlite3.Connection]:
+    """The file as another program has it that writes for long."""
+    with closing(sqlite3.connect(file, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        yield db
+        db.execute("COMMIT")
+
+
 Declare = Callable[[Registry], object]
 
 
@@ -1858,6 +1868,25 @@ class TestConformance:
             assert await (await here.jobs["lazy"].submit()).result(20) == {"a": 1}
             with pytest.raises(BgjobError, match="isn't JSON and stayed where it ran"):
                 await (await there.jobs["lazy"].submit()).result(20)
+
+
+class TestSQLite:
+    """What only a file can do to its users."""
+
+    @in_a_loop
+    async def test_immediate_at_once(self, tmp_path: Path) -> None:
+        """Instances that start at once agree on which of them has the immediate run."""
+        stores = [SQLiteStore(tmp_path / "jobs.db") for _ in range(4)]
+        for number, store in enumerate(stores):
+            await store.open(str(number), lambda: None)
+        listing = {"work": bgjob.Listing("", True, None)}
+        with locked(tmp_path / "jobs.db"):
+            tasks = [asyncio.create_task(store.enlist(listing)) for store in stores]
+            await asyncio.sleep(0.02)
+        await asyncio.gather(*tasks)
+        assert len((await stores[0].overview(9)).due) == 1
+        for store in stores:
+            await store.close()
 
 
 class TestHouse:
