@@ -1755,6 +1755,7 @@ class _Live(Run[object]):
     stop: _Stop | None = None
     stored = False  # in a shared store, not in this process alone
     gone = False  # and another instance's by now
+    payload = ""  # of a call: its arguments, as they are stored
     lost = 0  # claims that ended with their process
     leased = 0.0  # monotonic time at which the claim or the last beat was asked for
 
@@ -2906,7 +2907,8 @@ class _Shared(_Engine):
         """Start a run that the store gave us."""
         lane = self._lanes.get(claimed.job) or cast(_Lane, lane)
         run = self._handles.get(claimed.id) if claimed.call else None
-        if run is None or run in self._live:  # an attempt of it whose lease was lost may still be ending here
+        # A key may be another submission's by now; and an attempt whose lease was lost may still be ending here.
+        if run is None or run in self._live or run.payload != claimed.args or run.state not in (_SCHEDULED, _RUNNING):
             run = self._handle(claimed.id, lane, claimed.at, claimed.call, claimed.args)
         run.stored, run.gone, run.leased, run.lost = True, False, asked, claimed.lost
         run.attempt, run._token = claimed.tries - 1, claimed.token
@@ -2927,6 +2929,7 @@ class _Shared(_Engine):
         run = _Live(lane, at, _NO_ARGS if call else lane.spec.args, self)
         run._id, run.call = id, call
         if call:
+            run.payload = payload
             run.args, run.kwargs = _arguments(payload)
             _, mark, key = id.partition("#")
             run.key = key if mark else None
@@ -3155,7 +3158,7 @@ class _Shared(_Engine):
             return None
         job = self._registry.jobs.get(row.job)
         args, kwargs = _arguments(row.args)
-        if job is not None and "@" in id:
+        if job is not None and id.startswith(f"{row.job}@"):
             kwargs = job._spec.args
         run: Run = Run(row.job, row.at, kwargs, self)
         run.args, run._id = args, id
@@ -3285,7 +3288,8 @@ class _SQLiteStatements(NamedTuple):
     won: str = """INSERT INTO bgjob_run(id, job, due, at, call, tries, token, owner, since)
         VALUES(?1, ?2, ?3, ?4, 0, ?5, ?5, ?6, ?7) ON CONFLICT DO NOTHING"""
     mine: str = "SELECT id FROM bgjob_run WHERE owner = ?1 AND since = ?2 AND token = 1"
-    push: str = """INSERT INTO bgjob_run(id, job, due, at, call, args) SELECT ?1, ?2, ?3, ?3, 1, ?4 WHERE NOT EXISTS(
+    push: str = """INSERT INTO bgjob_run(id, job, due, at, call, args, token)
+        SELECT ?1, ?2, ?3, ?3, 1, ?4, ifnull((SELECT token FROM bgjob_past WHERE id = ?1), 0) WHERE NOT EXISTS(
         SELECT 1 FROM bgjob_past WHERE id = ?1 AND state IN ('succeeded', 'failed') AND finished > ?5)
         ON CONFLICT DO NOTHING"""
     # two seeks a job: no job blocks another's head of line

@@ -1869,6 +1869,42 @@ class TestConformance:
             with pytest.raises(BgjobError, match="isn't JSON and stayed where it ran"):
                 await (await there.jobs["lazy"].submit()).result(20)
 
+    @in_a_loop
+    async def test_key_with_other_arguments(self, place: SQLitePlace) -> None:
+        """A key that is free again runs what is submitted then; the handle of the cancelled run stays as it ended."""
+        work = Work()
+        (here, there), (job, other) = instances(2, work)
+        async with going(place.url(), here), going(place.url(), there, jobs=[]):
+            old = await job.after("1h", key="k").submit(1)
+            assert await old.cancel()
+            assert await (await other.after(0, key="k").submit(2)).result(20) == 2
+            assert (work.args, old.state) == ([2], State.CANCELLED)
+
+    @in_a_loop
+    async def test_tokens_of_a_key(self, place: SQLitePlace) -> None:
+        """Tokens of a run's id grow for ever: what was cancelled under a key can't pass for its successor."""
+        work = Work(held=True)
+        (here,), (job,) = instances(1, work)
+        async with going(place.url(), here):
+            for _ in range(3):
+                run = await job.after(0, key="k").submit()
+                await until(lambda: work.now)
+                assert await run.cancel()
+                with pytest.raises(RunCancelled):
+                    await run.result(20)
+        assert work.tokens == [(1, 1), (1, 2), (1, 3)]
+
+    @in_a_loop
+    async def test_find_by_key(self, place: SQLitePlace) -> None:
+        """A run is found by its id elsewhere with its key and arguments, also where the key has the '@' of ticks."""
+        (here, there), (job, _) = instances(2, Work())
+        async with going(place.url(), here, there):
+            run = await job.after("1h", key="a@b.c").submit(n=1)
+            found = await there.find(run.id)
+            assert found is not None
+            assert (found.key, found.kwargs, found.state, found.tick) == ("a@b.c", {"n": 1}, run.state, run.tick)
+            assert await there.find("work#other") is None
+
 
 class TestSQLite:
     """What only a file can do to its users."""
