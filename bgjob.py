@@ -3359,6 +3359,7 @@ class SQLiteStore:
         keep: Duration = "1d",
     ) -> None:
         self.path = os.fspath(path)
+        self._file = os.path.abspath(self.path)  # whatever folder the process goes to
         self.lease = _lease(lease)
         self.keep = _duration("keep", keep, 1)
         self._prefix = _checked_prefix(prefix)
@@ -3367,6 +3368,7 @@ class SQLiteStore:
         self._held: dict[str, int] = {}
         self._writes = 0
         self._fault: str | None = None
+        self._opened = False
 
     def __repr__(self) -> str:
         return f"SQLiteStore({self.path!r})"
@@ -3374,12 +3376,21 @@ class SQLiteStore:
     # Open and close
 
     async def open(self, owner: str, hint: Callable[[], None]) -> None:
-        if self._db is not None:
+        if self._opened:
             raise BgjobError(f"{self!r} is in use: one run() or running() per store object; make another")
-        self._owner, self._hint = owner, hint
-        self._loop = asyncio.get_running_loop()
+        self._owner, self._hint, self._fault = owner, hint, None
+        self._loop, self._reopening = asyncio.get_running_loop(), asyncio.Lock()
         self._held.clear()
-        await self._connect()
+        with suppress(Unreachable):  # an outage, at start too: the verbs try again
+            await self._connect()
+        self._opened = True
+        try:
+            await self._move_in()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _move_in(self) -> None:
         self._stir, self._stopped = threading.Event(), False
         self._thread_ended = self._loop.create_future()
         self._beaten = self._loop.time()
@@ -3387,12 +3398,13 @@ class SQLiteStore:
         self._bell: asyncio.DatagramTransport | None = None
         with suppress(OSError):  # a machine without IPv4: then the other instances poll
             self._bell, _ = await self._loop.create_datagram_endpoint(
-                lambda: _Bell(owner.encode(), hint), local_addr=("127.0.0.1", 0)
+                lambda: _Bell(self._owner.encode(), self._hint), local_addr=("127.0.0.1", 0)
             )
         self._rung: asyncio.Handle | None = None
         self._last_ring = 0.0
         self._watch = self._loop.call_later(_GLANCE, self._look)
-        await self.beat({})
+        if self._db is not None:
+            await self.beat({})
 
     async def _connect(self) -> None:
         """Open the file and make the tables; a lock is waited for, for two processes may do so at once."""
@@ -3401,17 +3413,17 @@ class SQLiteStore:
         if sqlite3.sqlite_version_info < (3, 35):
             raise StoreError(f"{self!r}: needs SQLite 3.35, Python has {sqlite3.sqlite_version} here")
         try:
-            self._db = sqlite3.connect(self.path, timeout=0, isolation_level=None, cached_statements=64)
-            (mode,) = (await self._patiently("PRAGMA journal_mode = WAL")).fetchone()
+            self._db = sqlite3.connect(self._file, timeout=0, isolation_level=None, cached_statements=64)
+            (mode,) = (await self._retry("PRAGMA journal_mode = WAL")).fetchone()
             if mode != "wal":
                 raise StoreError(f"{self!r}: no write-ahead log is possible there (journal_mode is {mode!r})")
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._db.execute("PRAGMA wal_autocheckpoint = 0")
-            await self._patiently("BEGIN IMMEDIATE")
+            await self._retry("BEGIN IMMEDIATE")
             with self._transaction():
                 for statement in next(_prefixed([_SQLITE_SCHEMA], self._prefix)).split(";"):
                     self._db.execute(statement)
-            self._inode = os.stat(self.path).st_ino
+            self._inode = os.stat(self._file).st_ino
             self._version = self._data_version()
         except sqlite3.Error as error:
             self._disconnect()
@@ -3426,7 +3438,7 @@ class SQLiteStore:
             db.close()
 
     async def close(self) -> None:
-        if self._db is None:
+        if not self._opened:
             return
         self._stopped = True
         self._stir.set()
@@ -3435,26 +3447,33 @@ class SQLiteStore:
             self._rung.cancel()
             self._ring()
         with suppress(StoreError):
-            await self._patiently("BEGIN IMMEDIATE")
-            with self._transaction():
-                self._db.execute(self._sql.gone, (self._owner, 0))
+            await self._retry("BEGIN IMMEDIATE")
+            with self._transaction() as db:
+                db.execute(self._sql.gone, (self._owner, 0))
         if self._bell is not None:
             self._bell.close()
         await asyncio.wait({self._thread_ended}, timeout=_GRACE)
         self._disconnect()
+        self._opened = False
 
     # Locks and errors
 
     async def _patiently(self, sql: str, parameters: Sequence[object] = ()) -> sqlite3.Cursor:
+        """Execute, in an outage after another try to connect, and wait where the file is locked."""
+        if self._db is None or self._fault is not None or self._reopening.locked():
+            await self._reopen()
+        return await self._retry(sql, parameters)
+
+    async def _retry(self, sql: str, parameters: Sequence[object] = ()) -> sqlite3.Cursor:
         """Execute, and where the file is locked try again: sleeping, for SQLite's own waiting would block the loop."""
         import sqlite3
 
         began, pause = self._loop.time(), 0.001
         while True:
-            if self._db is None or self._fault is not None:
-                await self._reopen()
+            if self._db is None:
+                raise Unreachable(f"{self!r}: it isn't open")
             try:
-                return cast("sqlite3.Connection", self._db).execute(sql, cast("tuple[str]", parameters))
+                return self._db.execute(sql, cast("tuple[str]", parameters))
             except sqlite3.Error as error:
                 if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                     raise self._error(error) from error
@@ -3515,8 +3534,10 @@ class SQLiteStore:
         """Did another process write, so that something may be due? It rings as well; this is in case the bell isn't
         heard, as from another container. And is the file still there?"""
         self._watch = self._loop.call_later(min(_GLANCE, self.lease / 3000), self._look)
+        if self._db is None or self._reopening.locked():
+            return
         try:
-            if os.stat(self.path).st_ino != self._inode:
+            if os.stat(self._file).st_ino != self._inode:
                 self._fault = "was replaced"
         except OSError:
             self._fault = "was deleted"
@@ -3528,11 +3549,15 @@ class SQLiteStore:
 
     async def _reopen(self) -> None:
         """Whoever deletes the file deletes its runs. The outage makes the engine enlist its jobs in the new one."""
-        fault, self._fault = self._fault or "was deleted", None
-        self._disconnect()
-        self._held.clear()
-        await self._connect()
-        raise Unreachable(f"{self!r}: the file {fault}; begun anew")
+        async with self._reopening:
+            if self._db is not None and self._fault is None:  # somebody else did meanwhile
+                return
+            self._disconnect()
+            self._held.clear()
+            await self._connect()
+            fault, self._fault = self._fault, None
+        if fault is not None:  # else it wasn't there at the start
+            raise Unreachable(f"{self!r}: the file {fault}; begun anew")
 
     def _wake_others(self) -> None:
         """Ring at the end of this turn of the loop, or a little later: whoever submits a thousand runs rings seldom."""
@@ -3569,7 +3594,7 @@ class SQLiteStore:
         import sqlite3
         from pathlib import Path
 
-        file = f"{Path(self.path).absolute().as_uri()}?mode=rw"  # or the file would come back after it was deleted
+        file = f"{Path(self._file).as_uri()}?mode=rw"  # or the file would come back after it was deleted
         with closing(sqlite3.connect(file, uri=True, timeout=self.lease / 4000, isolation_level=None)) as db:
             db.execute("PRAGMA synchronous = NORMAL")
             asked = self._loop.time()
@@ -3581,7 +3606,7 @@ class SQLiteStore:
                 db.execute("COMMIT")
                 self._beaten = asked
             # A passive one never blocks, but ends only where nobody writes: a log that has grown is cut off.
-            long = os.stat(f"{self.path}-wal").st_size > 16 << 20
+            long = os.stat(f"{self._file}-wal").st_size > 16 << 20
             db.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if long else 'PASSIVE'})")
 
     # The verbs

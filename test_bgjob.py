@@ -9,6 +9,7 @@ import importlib
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import sqlite3
@@ -41,6 +42,7 @@ from bgjob import (
     ScheduleError,
     SQLiteStore,
     State,
+    StoreError,
     _count,
     _Cron,
     _duration,
@@ -1736,9 +1738,11 @@ def in_a_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
                 await test(*args, **kwargs)
             assert asyncio.all_tasks() == {asyncio.current_task()}
 
-        threads = threading.active_count()
+        threads = set(threading.enumerate())
         asyncio.run(main())
-        assert threading.active_count() <= threads
+        for thread in set(threading.enumerate()) - threads:
+            thread.join(5)
+            assert not thread.is_alive(), thread
 
     return wrapper
 
@@ -1751,7 +1755,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 @asynccontextmanager
-async def going(store: str | None, *registries: Registry, **options: Any) -> AsyncIterator[None]:
+async def going(store: SQLiteStore | str | None, *registries: Registry, **options: Any) -> AsyncIterator[None]:
     """Run registries beside each other, each with a store object of its own: they are instances."""
     async with AsyncExitStack() as stack:
         for registry in registries:
@@ -1923,6 +1927,59 @@ class TestSQLite:
         assert len((await stores[0].overview(9)).due) == 1
         for store in stores:
             await store.close()
+
+    @in_a_loop
+    async def test_change_of_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A relative path is that of the start, whatever folder the process goes to."""
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path)
+        store = SQLiteStore("jobs.db")
+        (registry,), (job,) = instances(1, Work())
+        async with going(store, registry):
+            monkeypatch.chdir(tmp_path / "elsewhere")
+            store._look()
+            assert await (await job.submit(1)).result(20) == 1
+        assert not (tmp_path / "elsewhere/jobs.db").exists()
+
+    @in_a_loop
+    async def test_locked_at_the_start(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A file that is locked is an outage, at start too: it is waited for, and said in two lines."""
+        monkeypatch.setattr(bgjob, "_VERB_LIMIT", 0.05)
+        file, (registry,), (job,) = tmp_path / "jobs.db", *instances(1, Work())
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(file))
+            async with going(SQLiteStore(file), registry):
+                waiting = asyncio.create_task(job.submit(1))
+                await asyncio.sleep(0.2)
+                stack.close()
+                assert await (await waiting).result(20) == 1
+
+    @in_a_loop
+    @pytest.mark.parametrize("when", ["start", "later"])
+    async def test_locked_at_the_end(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+        """An outage at the end leaves nothing of the process behind either."""
+        monkeypatch.setattr(bgjob, "_VERB_LIMIT", 0.05)
+        file, (registry,), _ = tmp_path / "jobs.db", *instances(1, Work(every="1h"))
+        with contextlib.ExitStack() as stack:
+            if when == "start":
+                stack.enter_context(locked(file))
+            async with going(SQLiteStore(file), registry):
+                if when == "later":
+                    stack.enter_context(locked(file))
+
+    @in_a_loop
+    async def test_folder_deleted(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """Where the file's folder was deleted nothing is stored, a submit says so, and the end leaves nothing behind."""
+        (tmp_path / "folder").mkdir()
+        store = SQLiteStore(tmp_path / "folder/jobs.db")
+        (registry,), (job,) = instances(1, Work())
+        async with going(store, registry):
+            shutil.rmtree(tmp_path / "folder")
+            store._look()
+            await until(lambda: "store unreachable" in caplog.text)
+            with pytest.raises(StoreError, match="its folder must exist and be writable"):
+                await job.submit(1)
+        assert os.listdir(tmp_path) == []
 
 
 class TestHouse:
