@@ -5,7 +5,9 @@ import asyncio
 import calendar
 import contextlib
 import functools
+import gc
 import importlib
+import logging
 import os
 import random
 import re
@@ -1608,6 +1610,158 @@ class TestEngine:
             registry.job(every="10s", name=name)(noted)
         virtually(main())
         assert len(fired) == len(set(fired)) == 1 + 2 * 6
+
+    @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+    @pytest.mark.parametrize(("first", "second"), [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)])
+    def test_second_signal(self, first: int, second: int) -> None:
+        """A second signal ends the wait for what runs; what was installed before the first is put back."""
+        code = (
+            "import asyncio, bgjob, os, logging, signal; logging.basicConfig(level=20)\n"
+            "@bgjob.job(after=0)\nasync def f():\n"
+            f"    os.kill(os.getpid(), {int(first)})\n"
+            "    while not bgjob.default._engine._idle: await asyncio.sleep(.01)\n"
+            f"    os.kill(os.getpid(), {int(second)})\n    await asyncio.sleep(1000)\n"
+            "asyncio.run(bgjob.run(drain='10m'))\n"
+            "print(signal.getsignal(2) is signal.default_int_handler, signal.getsignal(15) is signal.SIG_DFL)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
+        assert (done.returncode, done.stdout) == (0, "True True\n"), done.stderr
+        assert "draining 1 runs, at most 600 s; Ctrl-C again cancels them" in done.stderr
+        assert "cancelled: run() stopped" in done.stderr
+
+    @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+    def test_uvicorn(self) -> None:
+        """In an ASGI server's lifespan its own signal handling is untouched, and the drain is part of its shutdown."""
+        pytest.importorskip("uvicorn", reason="uvicorn isn't installed: pip install uvicorn")
+        code = (
+            "import asyncio, bgjob, os, signal, uvicorn\n"
+            "def handlers(): return [getattr(signal.getsignal(n), '__name__', '?') for n in (2, 15)]\n"
+            "@bgjob.job(after='10ms')\nasync def f():\n"
+            "    while not server.started: await asyncio.sleep(.01)\n"
+            "    print(handlers()); os.kill(os.getpid(), 15)\n"
+            "    while not bgjob.default._engine._closing: await asyncio.sleep(.01)\n"
+            "    print('drained', flush=True)\n"
+            "async def app(scope, receive, send):\n"
+            "    assert (await receive())['type'] == 'lifespan.startup'\n"
+            "    before = handlers()\n"
+            "    async with bgjob.running():\n"
+            "        assert handlers() == before\n"
+            "        await send({'type': 'lifespan.startup.complete'}); await receive()\n"
+            "    assert handlers() == before\n"
+            "    await send({'type': 'lifespan.shutdown.complete'})\n"
+            "server = uvicorn.Server(uvicorn.Config(app, port=0, log_level='warning'))\n"
+            "server.run()"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
+        assert done.stdout == "['handle_exit', 'handle_exit']\ndrained\n", done.stderr
+        assert done.returncode == -signal.SIGTERM, done.stderr
+
+    def test_thread_outlives_its_timeout(self) -> None:
+        """A thread can't be cancelled: timeout and cancel decide its outcome, but it keeps its slot until it ends."""
+        registry, release, begun = Registry(), threading.Event(), []
+
+        @registry.job(parallelism=1, timeout="20ms")
+        def blocked(n: int) -> str:
+            begun.append(n)
+            release.wait(10)
+            return "too late"
+
+        async def main() -> None:
+            async with registry.running():
+                runs = [await blocked.submit(n) for n in range(3)]
+                with pytest.raises(TimeoutError, match="it is running"):
+                    await runs[0].result("100ms")
+                assert (runs[0].stop, begun) == ("timeout", [0])
+                assert await runs[0].cancel()
+                release.set()
+                with pytest.raises(RunFailed, match=r"TimeoutError: no end within 0.02 s"):
+                    await runs[0].result(5)
+                assert await runs[1].result(5) == await runs[2].result(5) == "too late"
+
+        asyncio.run(main())
+
+    def test_slots_come_back(self) -> None:
+        """However a run ends, as many new ones as `parallelism` start after it."""
+        registry, misdeeds, now, most = Registry(), iter(()), 0, 0
+
+        class Base(BaseException):
+            pass
+
+        async def fails() -> None:
+            raise Base
+
+        async def group() -> None:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(fails())
+                await asyncio.sleep(1)
+
+        async def swallows() -> None:
+            for _ in range(5):
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(10)
+
+        async def cancels_itself() -> None:
+            asyncio.current_task().cancel()
+            await asyncio.sleep(1)
+
+        async def exits() -> None:
+            sys.exit(3)
+
+        @registry.job(parallelism=2, timeout="10s")
+        async def work() -> None:
+            nonlocal now, most
+            misdeed = next(misdeeds, None)
+            if misdeed:
+                await misdeed()
+            now += 1
+            most = max(most, now)
+            await asyncio.sleep(1)
+            now -= 1
+
+        async def main() -> None:
+            nonlocal misdeeds, most
+            for misdeed in (fails, group, swallows, cancels_itself, exits):
+                misdeeds, most = iter([misdeed] * 3), 0
+                for run in [await work.submit() for _ in range(3)]:
+                    with pytest.raises(RunFailed):
+                        await run.result()
+                for run in [await work.submit() for _ in range(4)]:
+                    await run.result()
+                assert most == 2, misdeed
+
+        registry.simulate("1h", start=START, main=main)
+
+    def test_memory(self) -> None:
+        """What has ended is let go: the number of objects doesn't grow with the number of runs."""
+        registry, counts = Registry(), []
+
+        @registry.job(every="1s")
+        async def often() -> None: ...
+
+        @registry.job(every="1s", retries=1, retry_delay=0)
+        async def fails() -> None:
+            raise ValueError
+
+        @registry.job
+        async def mail(n: int) -> int:
+            return n
+
+        async def main() -> None:
+            async with driven(registry, lambda run: None):
+                for _ in range(3):
+                    for n in range(1500):
+                        await (await mail.submit(n)).result()
+                        await (await mail.after("1h").submit(n)).cancel()
+                        await asyncio.sleep(1)
+                    gc.collect()
+                    counts.append(len(gc.get_objects()))
+
+        logging.disable()
+        try:
+            virtually(main())
+        finally:
+            logging.disable(logging.NOTSET)
+        assert abs(counts[2] - counts[1]) < 300, counts
 
     def test_traceback_without_configuration(self) -> None:
         """The last failure's traceback is on stderr though nobody configured logging."""
