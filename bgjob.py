@@ -74,7 +74,7 @@ from contextvars import ContextVar, copy_context
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from enum import StrEnum
 from types import FrameType, MappingProxyType, ModuleType
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, cast, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, Protocol, TypeAlias, cast, overload
 from weakref import WeakSet, WeakValueDictionary
 from zlib import crc32
 
@@ -566,8 +566,9 @@ class _Cron:
     __slots__ = ("_parsed", "text", "wild", "zone")
 
     def __init__(self, text: str, zone: tzinfo) -> None:
-        self.text = text
-        self.zone = zone
+        self.text: str = text
+        self.zone: tzinfo = zone
+        self.wild: bool
         try:
             expression, either, self.wild = _spell(text)
             self._parsed = _walker(expression, either)
@@ -628,8 +629,8 @@ class _Every:
     __slots__ = ("every", "start")
 
     def __init__(self, every: int, start: int = 0) -> None:
-        self.every = every
-        self.start = start
+        self.every: int = every
+        self.start: int = start
 
     def ticks(self, after: int) -> Iterator[int]:
         return itertools.count(self.start + self.every * max(1, (after - self.start) // self.every + 1), self.every)
@@ -960,18 +961,19 @@ class _Plan:
     __slots__ = ("accepted", "any_name", "function", "is_async", "least", "most", "needs", "required", "signature")
 
     def __init__(self, function: Factory) -> None:
-        self.function = function
-        self.is_async = _is_async(function)
-        self.signature = _signature(function)
+        self.function: Factory = function
+        self.is_async: bool = _is_async(function)
+        self.signature: inspect.Signature = _signature(function)
         parameters = self.signature.parameters.values()
         named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        self.any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self.accepted = frozenset(p.name for p in named if p.kind is not p.POSITIONAL_ONLY)
-        self.required = frozenset(p.name for p in named if p.default is p.empty)
-        self.needs = {p.name: p.default for p in named if isinstance(p.default, _Dependency)}
+        self.any_name: bool = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self.accepted: frozenset[str] = frozenset(p.name for p in named if p.kind is not p.POSITIONAL_ONLY)
+        self.required: frozenset[str] = frozenset(p.name for p in named if p.default is p.empty)
+        self.needs: dict[str, _Dependency] = {p.name: p.default for p in named if isinstance(p.default, _Dependency)}
         by_place = [p for p in named if p.kind is not p.KEYWORD_ONLY]
-        self.least = len(self.required) if len(self.required.difference(p.name for p in by_place)) == 0 else sys.maxsize
-        self.most = len(by_place)  # arguments without names, from `least` on, fit
+        # Arguments without names fit from `least` on up to `most`.
+        self.least: int = len(self.required) if self.required.issubset(p.name for p in by_place) else sys.maxsize
+        self.most: int = len(by_place)
 
 
 def _signature(function: Factory) -> inspect.Signature:
@@ -1141,25 +1143,28 @@ class _Spec:
     )
 
     def __init__(self, name: str, plan: _Plan, s: _Settings) -> None:
-        self.name = name
-        self.plan = plan
-        self.function = cast(Callable[..., Awaitable[object]], plan.function)
-        self.is_async = plan.is_async
-        self.direct = self.is_async and not plan.needs  # called without a detour
+        self.name: str = name
+        self.plan: _Plan = plan
+        self.function: Callable[..., Awaitable[object]] = cast(Callable[..., Awaitable[object]], plan.function)
+        self.is_async: bool = plan.is_async
+        self.direct: bool = self.is_async and not plan.needs  # called without a detour
+        self.schedule: _Schedule | None
+        self.after: int | None
         self.schedule, self.after = _when(s)
         scheduled = self.schedule is not None or self.after is not None
-        self.args = _scheduled_args(plan, s.args, scheduled)
-        self.immediate = _flag("immediate", s.immediate)
-        self.jitter = _duration("jitter", s.jitter)
-        self.parallelism = (1 if scheduled else 10) if s.parallelism is None else _int("parallelism", s.parallelism, 1)
-        self.overlap = _choice("overlap", s.overlap, ("skip", "queue", "all"))
-        self.expires = None if s.expires is None else _duration("expires", s.expires, 1)
-        self.timeout = None if s.timeout is None else _duration("timeout", s.timeout, 1)
-        self.retries = _int("retries", s.retries, 0)
-        self.delay = _BACKOFF if s.retry_delay == "1s..5m" else _retry_delay(s.retry_delay)
-        self.retryable = _retryable(s.retry_on)
-        self.on_error = s.on_error
-        self.on_crash = _choice("on_crash", s.on_crash, ("rerun", "drop"))
+        self.args: Mapping[str, object] = _scheduled_args(plan, s.args, scheduled)
+        self.immediate: bool = _flag("immediate", s.immediate)
+        self.jitter: int = _duration("jitter", s.jitter)
+        default = 1 if scheduled else 10
+        self.parallelism: int = default if s.parallelism is None else _int("parallelism", s.parallelism, 1)
+        self.overlap: str = _choice("overlap", s.overlap, ("skip", "queue", "all"))
+        self.expires: int | None = None if s.expires is None else _duration("expires", s.expires, 1)
+        self.timeout: int | None = None if s.timeout is None else _duration("timeout", s.timeout, 1)
+        self.retries: int = _int("retries", s.retries, 0)
+        self.delay: Callable[[int, str], int] = _BACKOFF if s.retry_delay == "1s..5m" else _retry_delay(s.retry_delay)
+        self.retryable: Callable[[BaseException], bool] = _retryable(s.retry_on)
+        self.on_error: OnError | None = s.on_error
+        self.on_crash: str = _choice("on_crash", s.on_crash, ("rerun", "drop"))
         if s.on_error is not None and not callable(s.on_error):
             raise ScheduleError(f"on_error={s.on_error!r}: not callable; pass a function of (run, exception)")
         if not scheduled:
@@ -1292,9 +1297,9 @@ class Job(Generic[P, C_co, R_co]):
     __slots__ = ("__wrapped__", "_registry", "_spec", "function", "name")
 
     def __init__(self, function: Callable[P, C_co], spec: _Spec, registry: _Submitter) -> None:
-        self.name = spec.name
-        self.function = function
-        self.__wrapped__ = function  # so that inspect.signature and help see the function
+        self.name: str = spec.name
+        self.function: Callable[P, C_co] = function
+        self.__wrapped__: Callable[P, C_co] = function  # so that inspect.signature and help see the function
         self._spec = spec
         self._registry = registry
 
@@ -4164,8 +4169,8 @@ class Registry:
 
 
 # The one registry that exists without being asked for, and the module's functions: its bound methods.
-default = Registry()
-job = default.job
-run = default.run
-running = default.running
-simulate = default.simulate
+default: Final = Registry()
+job: Final = default.job
+run: Final = default.run
+running: Final = default.running
+simulate: Final = default.simulate

@@ -6,7 +6,7 @@ import calendar
 import contextlib
 import functools
 import gc
-import importlib
+import importlib.metadata
 import logging
 import os
 import random
@@ -2134,6 +2134,148 @@ class TestSQLite:
             with pytest.raises(StoreError, match="its folder must exist and be writable"):
                 await job.submit(1)
         assert os.listdir(tmp_path) == []
+USER = '''
+"""What a user writes, under strict checkers: each type that comes back is the one meant, each mistake is seen."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import assert_type
+
+from bgjob import BgjobError, Depends, Job, Registry, Run, State, current_run, job, run, running, simulate
+
+
+class Database:
+    async def fetch(self, query: str) -> list[str]:
+        return [query]
+
+
+async def database() -> AsyncIterator[Database]:
+    yield Database()
+
+
+async def token() -> str:
+    return "secret"
+
+
+def limit() -> int:
+    return 5
+
+
+def folder(depth: int = Depends(limit)) -> Iterator[str]:
+    yield "/tmp" * depth
+
+
+def alert(run: Run, error: BaseException) -> None:
+    print(run.id, run.late, error)
+
+
+@job(every="5m", retries=3, retry_delay=lambda retry: retry * 2, retry_on=(OSError, BgjobError), on_error=alert)
+async def sync(db: Database = Depends(database), secret: str = Depends(token)) -> int:
+    assert_type(db, Database)
+    assert_type(current_run(), Run)
+    return len(await db.fetch(secret))
+
+
+@job(cron="0 6 * * mon-fri", tz="Europe/Rome", args={"name": "daily"})
+@job(every=3600, name="hourly", args={"name": "hourly"}, overlap="queue", jitter=0.5)
+def report(name: str, path: str = Depends(folder), depth: int = Depends(limit, scope="app")) -> bytes:
+    assert_type(path, str)
+    assert_type(depth, int)
+    return (name + path).encode()
+
+
+@job
+async def send_mail(to: str, *, copies: int = 1) -> str:
+    return to * copies
+
+
+async def main() -> None:
+    async with running(drain=5, on_event=lambda run: print(run.state)) as registry:
+        assert_type(registry, Registry)
+        one = await send_mail.submit("a@b.c", copies=2)
+        assert_type(one, Run[str])
+        assert_type(await one.result(timeout="5s"), str)
+        assert_type((one.state, one.tick, one.duration), tuple[State, datetime, float | None])
+        later = await send_mail.after("5m", key="welcome").submit("a@b.c")
+        assert_type(later, Run[str])
+        assert_type(await (await send_mail.at(datetime.now(UTC)).submit("a@b.c")).result(), str)
+        assert_type(await (await sync.submit()).result(), int)
+        assert_type(await (await report.submit("x")).result(), bytes)
+        assert_type(await send_mail("a@b.c"), str)
+        assert_type(await asyncio.create_task(send_mail("a@b.c")), str)
+        assert_type(report("x", path="y", depth=3), bytes)
+        assert_type(send_mail.next_ticks(3), list[datetime])
+        assert_type(await registry.find(one.id), Run | None)
+        assert_type(await later.cancel(), bool)
+        assert_type(await sync.cancel(), int)
+        await send_mail.submit(5)  # type: ignore[arg-type]
+        await send_mail.submit()  # type: ignore[call-arg]
+        await send_mail.after("5m").submit("a", copy=2)  # type: ignore[call-arg]
+        job(evry="5m")  # type: ignore[call-overload]
+
+
+@asynccontextmanager
+async def lifespan(_: object) -> AsyncGenerator[None, None]:
+    async with running(jobs=["sync"]):
+        yield
+
+
+def test_simulated() -> None:
+    registry = Registry()
+
+    @registry.job(every="1h")
+    async def hourly() -> None: ...
+
+    registry.overrides[database] = Database
+    assert_type(hourly, Job[[], Coroutine[object, object, None], None])
+    assert_type(registry.simulate("2h", start=datetime(2026, 1, 1, tzinfo=UTC)), list[Run])
+    assert_type(simulate("1d", main=main), list[Run])
+
+
+if __name__ == "__main__":
+    asyncio.run(run())
+'''
+INSTALLED = Path(bgjob.__file__).name == "__init__.py"
+
+
+class TestTypes:
+    def check(self, folder: Path, *command: str) -> None:
+        """Run a checker beside the user's code: on the installed package, or on a copy of the file."""
+        pytest.importorskip(command[0], reason=f"{command[0]} isn't installed: pip install {command[0]}")
+        (folder / "user.py").write_text(USER)
+        (folder / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}')
+        if not INSTALLED:
+            shutil.copy(bgjob.__file__, folder)
+        path = os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"]))  # where pyright looks for Python
+        done = subprocess.run([sys.executable, "-m", *command], cwd=folder, env={**os.environ, "PATH": path},
+                              capture_output=True, text=True, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def test_mypy(self, tmp_path: Path) -> None:
+        """mypy --strict understands a user's code, with the package installed and with the file copied."""
+        self.check(tmp_path, "mypy", "--strict", "--cache-dir", os.devnull, ".")
+
+    def test_pyright(self, tmp_path: Path) -> None:
+        """pyright strict does too."""
+        self.check(tmp_path, "pyright")
+
+    @pytest.mark.skipif(not INSTALLED, reason="bgjob is not installed, but the file beside the tests")
+    def test_completeness(self, tmp_path: Path) -> None:
+        """Every public symbol of the installed package has a known type."""
+        self.check(tmp_path, "pyright", "--verifytypes", "bgjob", "--ignoreexternal")
+
+    @pytest.mark.skipif(not INSTALLED, reason="bgjob is not installed, but the file beside the tests")
+    def test_wheel(self) -> None:
+        """The wheel holds the one file, as a package with its marker, and needs croniter alone."""
+        files = [str(file) for file in importlib.metadata.files("bgjob") or ()]
+        assert sorted(file for file in files if not re.search(r"dist-info|__pycache__|^\.\.", file)) == [
+            "bgjob/__init__.py",
+            "bgjob/py.typed",
+        ]
+        needs = importlib.metadata.requires("bgjob") or []
+        assert [re.split(r"\W", need)[0] for need in needs if "extra ==" not in need] == ["croniter"]
 
 
 class TestHouse:
