@@ -2280,10 +2280,13 @@ class TestTypes:
 
 class TestHouse:
     def test_import(self) -> None:
-        """Importing starts nothing, and loads neither croniter, zoneinfo, sqlite3, json nor a driver."""
+        """Importing starts nothing, changes no handler, and loads neither croniter nor a store's driver nor slow modules."""
         code = (
-            "import bgjob, sys, threading; assert threading.active_count() == 1\n"
-            "print([m for m in ('croniter', 'zoneinfo', 'sqlite3', 'json', 'redis', 'asyncpg') if m in sys.modules])"
+            "import signal, sys, threading; before = [signal.getsignal(n) for n in (2, 15)]\n"
+            "import bgjob; assert threading.active_count() == 1\n"
+            "assert [signal.getsignal(n) for n in (2, 15)] == before\n"
+            "late = 'croniter zoneinfo sqlite3 json uuid redis asyncpg argparse typing_extensions'.split()\n"
+            "print([module for module in late if module in sys.modules])"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=True)
         assert done.stdout == "[]\n"
@@ -2294,6 +2297,39 @@ class TestHouse:
         banners = re.findall(r"^# (\d+b? \w+) -+$", source, flags=re.MULTILINE)
         assert banners == re.findall(r"^ +(\d+b? [A-Z]\w+)  ", bgjob.__doc__ or "", flags=re.MULTILINE)
         assert len(banners) == 13
+
+    def test_budget(self) -> None:
+        """A function has at most 40 lines, its docstring apart, and blocks at most three deep."""
+        blocks = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.Try, ast.With, ast.AsyncWith, ast.Match)
+        functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+        def depth(node: ast.AST, within: ast.AST) -> int:
+            if node is not within and isinstance(node, (*functions, ast.ClassDef)):
+                return 0
+            orelse = getattr(node, "orelse", [])
+            elif_ = (
+                orelse[0] if isinstance(node, ast.If) and len(orelse) == 1 and isinstance(orelse[0], ast.If) else None
+            )
+            inner = [depth(child, within) - (child is elif_) for child in ast.iter_child_nodes(node)]
+            return isinstance(node, blocks) + max(inner, default=0)
+
+        tree = ast.parse(Path(bgjob.__file__).read_text())
+        found = [node for node in ast.walk(tree) if isinstance(node, functions)]
+        assert len(found) > 200
+        for node in found:
+            doc = node.body[0] if ast.get_docstring(node) else None
+            lines = node.end_lineno - node.lineno + 1 - (doc.end_lineno - doc.lineno + 1 if doc else 0)
+            assert lines <= 40, (node.name, lines)
+            assert depth(node, node) <= 3, node.name
+
+    def test_docstrings(self) -> None:
+        """Every public name, and each of its public methods, has a docstring."""
+        for name in bgjob.__all__:
+            thing = getattr(bgjob, name)
+            assert thing.__doc__, name
+            for attribute, value in vars(thing).items() if isinstance(thing, type) else ():
+                if not attribute.startswith("_") and callable(getattr(value, "fget", value)) and name != "State":
+                    assert (getattr(value, "__doc__", "") or "").strip(), f"{name}.{attribute}"
 
     def test_readme(self) -> None:
         """Every Python block of the README runs."""
