@@ -2772,11 +2772,12 @@ class _Shared(_Engine):
         settled = len(self._ended)
         while self._ended:
             await self._settle()
-        while self._wanted and not self._closing:
-            await self._hand_out()
-        if self._down_since is not None or (self._look and not self._closing):
-            await self._claim()
-        if self._down_since is not None:
+        if not self._closing:
+            while self._wanted:
+                await self._hand_out()
+            if self._look or self._down_since is not None:
+                await self._claim()
+        if self._down_since is not None and (settled or not self._closing):
             self._came_back(settled)
 
     def _went_down(self, error: StoreError) -> None:
@@ -2916,7 +2917,7 @@ class _Shared(_Engine):
         if run is None or run in self._live or run.payload != claimed.args or run.state not in (_SCHEDULED, _RUNNING):
             run = self._handle(claimed.id, lane, claimed.at, claimed.call, claimed.args)
         run.stored, run.gone, run.leased, run.lost = True, False, asked, claimed.lost
-        run.attempt, run._token = claimed.tries - 1, claimed.token
+        run.attempt, run._token, run.state = claimed.tries - 1, claimed.token, _SCHEDULED
         if claimed.token > 1:
             run._started = run._started or self._now / 1000  # judged by `expires` when it first started
         # Its own claim, which is counted already, has yet to end.
@@ -2943,7 +2944,8 @@ class _Shared(_Engine):
     # Settle
 
     def _cut(self, run: _Live, why: _Stop) -> None:
-        if run in self._live:
+        # Once: the store tells of a cancelled run at every beat and claim, and its `finally` may be at work by then.
+        if run in self._live and run.stop is None:
             self._interrupt(run, why)
 
     def _again(self, run: _Live, delay: int) -> None:
@@ -3016,7 +3018,8 @@ class _Shared(_Engine):
     async def _beat(self) -> None:
         held = self._held.copy()
         asked = self._mono()
-        fence = min((run.leased for run in held.values()), default=asked) + self._lease * _TRUST - asked
+        trusted = (run.leased for run in held.values() if run.stop is not _Stop.LEASE)
+        fence = min(trusted, default=asked) + self._lease * _TRUST - asked
         try:
             async with asyncio.timeout(max(0.01, min(self._lease / 4, fence))):
                 answers = await self._store.beat({id: run._token for id, run in held.items()})
@@ -3588,7 +3591,7 @@ class SQLiteStore:
     def _guard(self) -> None:
         """The thread: checkpoints, and beats where the loop is late with them."""
         while not self._stopped:
-            self._stir.wait(self.lease / 3000)
+            self._stir.wait(self.lease / 6000)
             self._stir.clear()
             with suppress(Exception):  # a lock, a full disk: the loop meets it too, and says so
                 self._guard_once()

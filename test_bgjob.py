@@ -2134,6 +2134,8 @@ class TestSQLite:
             with pytest.raises(StoreError, match="its folder must exist and be writable"):
                 await job.submit(1)
         assert os.listdir(tmp_path) == []
+
+
 USER = '''
 """What a user writes, under strict checkers: each type that comes back is the one meant, each mistake is seen."""
 
