@@ -3041,22 +3041,18 @@ class _Shared(_Engine):
 
     # What users ask for
 
-    async def _insist(self, what: str, verb: Callable[[], Awaitable[T]]) -> T:
-        """The answer to a verb, or `StoreError` after some seconds; safe to repeat, as all of them are."""
-        began = self._mono()
-        try:
-            return await verb()
-        except Unreachable as error:
-            last = error
-        while (left := began + _PATIENCE - self._mono()) > 0.1:
+    async def _insist(self, what: str, verb: Callable[[], Awaitable[T]], began: float | None = None) -> T:
+        """The answer to a verb, or `StoreError` after some seconds; it is repeated meanwhile, as all of them may be."""
+        end = (self._mono() if began is None else began) + _PATIENCE
+        while True:
+            try:
+                async with asyncio.timeout(end - self._mono()):
+                    return await verb()
+            except (Unreachable, TimeoutError) as error:
+                if end - self._mono() < 0.2:
+                    why = str(error) or "no answer"
+                    raise StoreError(f"{what}: the store is unreachable for {_PATIENCE:g} s: {why}") from error
             await asyncio.sleep(0.1)
-            with suppress(TimeoutError):
-                try:
-                    async with asyncio.timeout(left):
-                        return await verb()
-                except Unreachable as error:
-                    last = error
-        raise StoreError(f"{what}: no answer from the store within {_PATIENCE:g} s: {last}") from last
 
     async def submit(self, job: Job, payload: str, delay: int, at: int | None, key: str | None) -> Run:
         if self._closed:
@@ -3067,11 +3063,12 @@ class _Shared(_Engine):
         call = Call(id, job.name, at, delay, payload)
         wake = lane is None or lane.busy >= lane.spec.parallelism
         while True:
+            began = self._mono()
             try:
                 (stored,) = await self._store.push([call], wake)
             except Unreachable:
                 what = f"job {job.name!r}: submit()"
-                (stored,) = await self._insist(what, lambda: self._store.push([call], wake))
+                (stored,) = await self._insist(what, lambda: self._store.push([call], wake), began)
             if stored is not None or key is None:
                 break
             known = await self.find(id)
