@@ -2799,9 +2799,7 @@ class _Shared(_Engine):
         """Wait before the next try; shorter where a beat has come through, or at the end, when there's little time."""
         top = min(_BACKOFF_FIRST << min(self._failures - 1, 10), _BACKOFF_LAST)
         delay = top - _spread(f"{id(self)} {self._failures}", top // 2)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(min(delay, 200 if self._ending else delay) / 1000):
-                await self._reached.wait()
+        await _set_within(min(delay, 200 if self._ending else delay) / 1000, self._reached)
 
     # Admit
 
@@ -3137,9 +3135,7 @@ class _Shared(_Engine):
                 run._done.clear()
                 if self._held.get(run.id) is not run and await self._refresh(run):
                     return
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(delay):
-                        await run._done.wait()
+                await _set_within(delay, run._done)
                 delay = min(delay * 1.5, 1.0)
         finally:
             self._watched.discard(run)
@@ -3170,6 +3166,12 @@ class _Shared(_Engine):
         run.key = id.partition("#")[2] or None
         _learn(run, row)
         return run
+
+
+async def _set_within(seconds: float, event: asyncio.Event) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
 
 
 def _learn(run: Run, row: Row) -> None:
