@@ -2117,7 +2117,7 @@ class _Engine:
     def _overlapped(self, run: _Live) -> None:
         lane = run.lane
         if not lane.skipped:
-            _log.warning("%s skipped: %d earlier ticks of the job are unfinished", run, lane.unfinished)
+            _log.warning("%s skipped: %d earlier ticks of the job are unfinished", run, lane.limit)
         lane.skipped += 1
         run.state, run.reason = _SKIPPED, "overlap"
         self._emit(run)
@@ -2694,6 +2694,7 @@ class _Shared(_Engine):
         await super()._abandon_runs()
         self._ending = True
         self._poked.set()
+        self._reached.set()  # no back-off is waited for any more
         try:
             await asyncio.wait({self._tasks["pump"]}, timeout=_GRACE)
             if self._ended:
@@ -2893,8 +2894,9 @@ class _Shared(_Engine):
         self._heard(news.now, asked)
         next_due = sys.maxsize if news.next_due is None else news.next_due
         self._next_due = next_due if everywhere else min(self._next_due, next_due)
+        asking = {lane.spec.name: lane for lane in lanes}
         for claimed in news.runs:
-            self._take(claimed, asked)
+            self._take(claimed, asked, asking[claimed.job])
         for id in news.cancelled:
             if id in self._held:
                 self._cut(self._held[id], _Stop.CANCEL)
@@ -2907,9 +2909,9 @@ class _Shared(_Engine):
         self._wanted[lane] = None
         self._poked.set()
 
-    def _take(self, claimed: Claimed, asked: float, lane: _Lane | None = None) -> None:
-        """Start a run that the store gave us."""
-        lane = self._lanes.get(claimed.job) or cast(_Lane, lane)
+    def _take(self, claimed: Claimed, asked: float, lane: _Lane) -> None:
+        """Start a run that the store gave us, also where its job was removed or replaced while we asked."""
+        lane = self._lanes.get(claimed.job) or lane
         run = self._handles.get(claimed.id) if claimed.call else None
         # A key may be another submission's by now; and an attempt whose lease was lost may still be ending here.
         if run is None or run in self._live or run.payload != claimed.args or run.state not in (_SCHEDULED, _RUNNING):
@@ -3321,7 +3323,8 @@ class _SQLiteStatements(NamedTuple):
     signal: str = """UPDATE bgjob_run SET cancel = 1
         WHERE job = ?1 AND id = ifnull(?2, id) AND owner IS NOT NULL AND +due > ?3 RETURNING id, at"""
     remove: str = """DELETE FROM bgjob_run WHERE id IN (
-        SELECT id FROM bgjob_run WHERE job = ?1 AND id = ifnull(?2, id) AND (owner IS NULL OR due <= ?3) LIMIT 1000)
+        SELECT id FROM bgjob_run WHERE id = ?2 AND job = ?1 AND (owner IS NULL OR due <= ?3) UNION ALL
+        SELECT id FROM bgjob_run WHERE ?2 IS NULL AND job = ?1 AND (owner IS NULL OR due <= ?3) LIMIT 1000)
         RETURNING id, job, at, args, tries, token, owner, since, error"""
     find: str = f"SELECT {_SQLITE_ROW}, awaited FROM bgjob_run WHERE id = ?2"
     find_past: str = f"SELECT {_SQLITE_PAST} FROM bgjob_past WHERE id = ?"
@@ -3731,12 +3734,12 @@ class SQLiteStore:
         return self._held.get(end.id) == end.token
 
     def _settle_one(self, db: sqlite3.Connection, end: Settlement, now: int) -> _Settled:
-        state = end.state
+        state, reason = end.state, end.reason
         if state is _SCHEDULED:
             due = end.at if end.back else now + end.delay
             if db.execute(self._sql.again, (end.id, end.token, due, end.back, end.error)).rowcount:
                 return "done"
-            state = _CANCELLED
+            state, reason = _CANCELLED, _Stop.CANCEL
         row = db.execute(self._sql.finish, (end.id, end.token)).fetchone()
         if row is None:
             return "refused"
@@ -3756,7 +3759,7 @@ class SQLiteStore:
                     since,
                     now,
                     end.error,
-                    end.reason,
+                    reason,
                     end.result,
                 ),
             )

@@ -2063,6 +2063,29 @@ class TestConformance:
             assert (found.key, found.kwargs, found.state, found.tick) == ("a@b.c", {"n": 1}, run.state, run.tick)
             assert await there.find("work#other") is None
 
+    @in_a_loop
+    async def test_skipped_ticks_in_the_log(self, url: str | None, caplog: pytest.LogCaptureFixture) -> None:
+        """Ticks skipped by overlap are one line when it begins, and one with their number when the job runs again."""
+        work, events = Work(held=True, every="50ms"), []
+        (registry,), _ = instances(1, work)
+        async with going(url, registry, on_event=lambda run: events.append((run.state, run.reason))):
+            await until(lambda: events.count((State.SKIPPED, "overlap")) > 2)
+            skipped = len(events) - 1
+            work.release.set()
+            await until(lambda: len(work.begun) > 1)
+        lines = [line for line in caplog.messages if "skipped" in line]
+        assert re.fullmatch(r"work@\S+Z skipped: 1 earlier ticks of the job are unfinished", lines[0])
+        assert re.fullmatch(rf"job 'work' runs again: ({skipped}|{skipped + 1}) ticks were skipped", lines[1])
+
+
+async def steps(store: SQLiteStore, verb: Awaitable[object]) -> int:
+    """What SQLite does for a verb, counted: no clock tells it as well."""
+    done: list[int] = []
+    store._db.set_progress_handler(lambda: done.append(1), 1)
+    assert await verb
+    store._db.set_progress_handler(None, 0)
+    return len(done)
+
 
 class TestSQLite:
     """What only a file can do to its users."""
@@ -2278,6 +2301,65 @@ class TestTypes:
         ]
         needs = importlib.metadata.requires("bgjob") or []
         assert [re.split(r"\W", need)[0] for need in needs if "extra ==" not in need] == ["croniter"]
+
+    @in_a_loop
+    async def test_stopped_in_an_outage(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Who stops during an outage tries once more at the end: what has ended is recorded if the file is free again."""
+        monkeypatch.setattr(bgjob, "_VERB_LIMIT", 0.05)
+        monkeypatch.setattr(bgjob, "_BACKOFF_FIRST", 30_000)
+        work, store, reader = Work(held=True), SQLiteStore(tmp_path / "jobs.db"), SQLiteStore(tmp_path / "jobs.db")
+        (registry, other), (job, _) = instances(2, work)
+        async with going(store, registry):
+            run = await job.submit(1)
+            await until(lambda: work.now)
+            with locked(tmp_path / "jobs.db"):
+                work.release.set()
+                await until(lambda: registry._engine._failures)
+        async with going(reader, other, jobs=[]):
+            found = await other.find(run.id)
+            assert found is not None
+            assert await found.result(20) == 1
+
+    @in_a_loop
+    async def test_removed_while_claimed(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """A run that was claimed while its job was removed runs all the same, and those that came with it."""
+        file, work = tmp_path / "jobs.db", Work()
+        (here, there), (_, job) = instances(2, work)
+        async with going(SQLiteStore(file), here), going(SQLiteStore(file), there, jobs=[]):
+            run = await job.after("1h").submit(1)
+            await until(lambda: not here._engine._look)
+            with locked(file) as db:
+                db.execute("UPDATE bgjob_run SET due = at - 3600000")
+                here._engine._look_everywhere()
+                db.execute("COMMIT")
+                db.execute("BEGIN IMMEDIATE")
+                await asyncio.sleep(0.05)
+                here.remove("work")
+            assert await run.result(20) == 1
+        assert "bgjob itself failed" not in caplog.text
+
+    @in_a_loop
+    async def test_cost_of_a_cancel(self, tmp_path: Path) -> None:
+        """To cancel one run costs the same however many its job has."""
+        store = SQLiteStore(tmp_path / "jobs.db")
+        await store.open("me", lambda: None)
+        await store.push([bgjob.Call(str(n), "job", None, HOUR, "") for n in range(1000)], False)
+        assert await steps(store, store.cancel("job", "7")) < 1000
+        await store.close()
+
+    @in_a_loop
+    async def test_cancelled_before_a_retry(self, tmp_path: Path) -> None:
+        """An attempt that fails when it has just been cancelled elsewhere is the last, and the reason is the cancel."""
+        store = SQLiteStore(tmp_path / "jobs.db")
+        await store.open("me", lambda: None)
+        await store.push([bgjob.Call("one", "job", None, 0, "")], False)
+        (run,) = (await store.claim({"job": (1, 1)})).runs
+        assert (await store.cancel("job", "one"))["one"].signalled
+        end = bgjob.Settlement("one", run.token, "job", run.at, True, State.SCHEDULED, 0, False, 1, "E", None, None)
+        assert await store.settle([end]) == ["cancelled"]
+        row = await store.find("one")
+        await store.close()
+        assert (row.state, row.reason, row.error) == (State.CANCELLED, "cancelled on request", "E")
 
 
 class TestHouse:
