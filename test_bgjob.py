@@ -2077,6 +2077,698 @@ class TestConformance:
         assert re.fullmatch(r"work@\S+Z skipped: 1 earlier ticks of the job are unfinished", lines[0])
         assert re.fullmatch(rf"job 'work' runs again: ({skipped}|{skipped + 1}) ticks were skipped", lines[1])
 
+    @in_a_loop
+    async def test_ticks(self, place: SQLitePlace) -> None:
+        """Each tick of the epoch's grid starts on exactly one instance, and not before its time."""
+        work = Work(every="20ms", overlap="all", parallelism=5)
+        registries, _ = instances(3, work)
+        async with going(place.url(), *registries):
+            await until(lambda: len(work.begun) >= 25)
+        ticks = sorted(work.ticks)
+        assert ticks == [*range(ticks[0], ticks[-1] + 20, 20)]
+        assert ticks[0] % 20 == 0
+        assert min(run.late for run in work.begun) >= 0
+        assert all(run.started_at >= run.tick for run in work.begun)
+        assert {run.id for run in work.begun} == {bgjob._tick_id("work", tick) for tick in ticks}
+
+    @in_a_loop
+    async def test_cron(self, place: SQLitePlace) -> None:
+        """A cron's tick starts on one of several instances."""
+        work = Work(cron="* * * * * *")
+        registries, (job, *_) = instances(3, work)
+        expected = job.next_ticks(2)
+        async with going(place.url(), *registries):
+            await until(lambda: len(work.begun) == 2)
+        assert [run.tick for run in work.begun] in (expected, job.next_ticks(2, expected[0]))
+
+    @in_a_loop
+    async def test_jitter(self, place: SQLitePlace) -> None:
+        """All instances agree on a tick's delay, which is not the same for each."""
+        work = Work(every="60ms", jitter="50ms", overlap="all", parallelism=9)
+        registries, _ = instances(3, work)
+        async with going(place.url(), *registries):
+            await until(lambda: len(work.begun) >= 8)
+        assert len({*work.ticks}) == len(work.ticks)
+        for run in work.begun:
+            assert run.late * 1000 >= bgjob._spread(run.id, 50)
+
+    @in_a_loop
+    async def test_submit(self, url: str | None) -> None:
+        """A submitted run gets its arguments as they come from JSON, and whoever submitted it what it returned."""
+        registry, seen = Registry(), []
+
+        @registry.job
+        async def add(a: int, *more: object, b: object = None) -> list[object]:
+            seen.append(current_run())
+            return [a, *more, b]
+
+        async with going(url, registry):
+            run = await add.submit(1, (2, "ü"), b={"c": [None, 1.5]})
+            assert await run.result(20) == [1, [2, "ü"], {"c": [None, 1.5]}]
+            assert (run.state, run.attempt, run.error, run.reason, run.key) == (State.SUCCEEDED, 1, None, None, None)
+            assert run.started_at <= run.finished_at
+            found = await registry.find(run.id)
+            assert (found.id, found.args, found.kwargs) == (run.id, (1, [2, "ü"]), {"b": {"c": [None, 1.5]}})
+            assert (found.state, await found.result(20)) == (State.SUCCEEDED, [1, [2, "ü"], {"c": [None, 1.5]}])
+            assert [r.id for r in seen] == [run.id]
+            assert await registry.find("unknown") is None
+            with pytest.raises(TypeError, match=r"argument a=\{1\} isn't JSON"):
+                await add.submit({1})
+        with pytest.raises(BgjobError, match="nothing|needs jobs that run"):
+            await add.submit(1)
+
+    @in_a_loop
+    async def test_delays(self, url: str | None) -> None:
+        """A delayed run doesn't start before its time; one of the past starts at once."""
+        work = Work()
+        (registry,), (job,) = instances(1, work)
+        async with going(url, registry):
+            now = datetime.now(UTC)
+            late = await job.at(now + timedelta(milliseconds=250)).submit("late")
+            soon = await job.after("100ms").submit("soon")
+            past = await job.at(now - timedelta(hours=1)).submit("past")
+            assert (late.tick - now, late.state) == (
+                timedelta(milliseconds=250),
+                State.SCHEDULED,
+            ) or now.microsecond % 1000
+            for run in (past, soon, late):
+                await run.result(20)
+                assert run.started_at >= run.tick
+        assert work.args == ["past", "soon", "late"]
+
+    @in_a_loop
+    async def test_order(self, place: SQLitePlace) -> None:
+        """Submitted runs start first in, first out, wherever there is room."""
+        work = Work(parallelism=1)
+        registries, (job, other, *_) = instances(3, work)
+        async with going(place.url(), *registries):
+            runs = [await job.submit(n) for n in range(30)]
+            for run in runs:
+                await run.result(20)
+            more = [await one.after("100ms").submit(n) for n in range(30, 34) for one in (job, other)]
+            for run in more:
+                await run.result(20)
+        assert work.args[:30] == [*range(30)]
+        assert work.most == 1
+        assert [run.id for run in runs] == sorted(run.id for run in runs)
+
+    @in_a_loop
+    async def test_restart(self, place: SQLitePlace) -> None:
+        """What was submitted outlives who submitted it: all that was, in order, and a third reads the results."""
+        work = Work(parallelism=1)
+        (client, worker, reader), (job, *_) = instances(3, work)
+        async with going(place.url(), client, jobs=[]):
+            runs = [await job.submit(n) for n in range(10)]
+            runs.append(await job.after("50ms").submit(10))
+            runs.append(await job.after("50ms", key="k").submit(11))
+        with pytest.raises(BgjobError, match=r"run\(\) has stopped|call it inside"):
+            await runs[0].result(1)
+        async with going(place.url(), worker):
+            await until(lambda: len(work.ended) == 12)
+        async with going(place.url(), reader, jobs=[]):
+            found = [await reader.find(run.id) for run in runs]
+            assert [await run.result(20) for run in found] == [*range(12)]
+        assert work.args == [*range(12)]
+
+    @in_a_loop
+    async def test_key(self, url: str | None) -> None:
+        """The same key is the same run: the first call's arguments and delay win, while it is unfinished and after."""
+        work = Work(held=True)
+        (registry,), (job,) = instances(1, work)
+        async with going(url, registry):
+            one = await job.after(0, key="k").submit(1)
+            assert (one.id, one.key) == ("work#k", "k")
+            assert (await job.after("1h", key="k").submit(2)).id == one.id
+            await until(lambda: work.now)
+            two = await job.after("1h", key="k").submit(3)
+            work.release.set()
+            assert [await run.result(20) for run in (one, two, await job.after(0, key="k").submit(4))] == [1, 1, 1]
+            waiting = await job.after("1h", key="other").submit(5)
+            assert await waiting.cancel()
+            assert await (await job.after(0, key="other").submit(6)).result(20) == 6
+        assert work.args == [1, 6]
+
+    @in_a_loop
+    async def test_key_over_instances(self, place: SQLitePlace) -> None:
+        """A key that many instances submit at once is one run, and is taken after a restart as well."""
+        work = Work()
+        registries, jobs = instances(4, work)
+        async with going(place.url(), *registries):
+            calls = [job.after("20ms", key="k").submit(n) for n, job in enumerate(jobs * 5)]
+            runs = await asyncio.gather(*calls)
+            assert {run.id for run in runs} == {"work#k"}
+            assert {await run.result(20) for run in runs} == {work.args[0]}
+        (again,), (job,) = instances(1, work)
+        async with going(place.url(), again):
+            assert await (await job.after(0, key="k").submit("late")).result(20) == work.args[0]
+        assert len(work.args) == 1
+
+    @in_a_loop
+    async def test_key_of_a_failure(self, place: SQLitePlace) -> None:
+        """A key stays taken after its run failed, with the failure for whoever submits it again."""
+        (registry, other), (job, again) = instances(2, Work(failures=9))
+        async with going(place.url(), registry, other):
+            for one in (job, again):
+                with pytest.raises(RunFailed, match="run 'work#k' failed: ValueError: failure 1"):
+                    await (await one.after(0, key="k").submit()).result(20)
+
+    @in_a_loop
+    async def test_key_no_longer_kept(self, place: SQLitePlace) -> None:
+        """A key is free again when its run is no longer kept."""
+        work = Work()
+        (registry,), (job,) = instances(1, work)
+        async with going(place.url(keep="1ms"), registry):
+            for n in range(2):
+                run = await job.after(0, key="k").submit(n)
+                await until(lambda: len(work.ended) == n + 1)  # noqa: B023
+                await until(lambda: run.state is State.SUCCEEDED)  # noqa: B023
+                await asyncio.sleep(0.01)
+        assert work.args == [0, 1]
+
+    @in_a_loop
+    async def test_results_elsewhere(self, place: SQLitePlace) -> None:
+        """A result is read where it wasn't made: a value, a failure by its text, a cancel, or that it isn't JSON."""
+
+        def declare(registry: Registry) -> None:
+            @registry.job(expires="1ms")
+            async def end(how: str) -> object:
+                if how == "fail":
+                    raise ValueError("no such user\nand more")
+                if how == "hang":
+                    await asyncio.sleep(1000)
+                return {"value": [1, None], "set": {1}}[how]
+
+        here, there = several(2, declare)
+        end = there.jobs["end"]
+        long_ago = datetime.now(UTC) - timedelta(minutes=1)
+        async with going(place.url(), here), going(place.url(), there, jobs=[]):
+            here.jobs["end"]._spec.expires = None
+            assert await (await end.submit("value")).result(20) == [1, None]
+            with pytest.raises(RunFailed, match="failed: ValueError: no such user$"):
+                await (await end.submit("fail")).result(20)
+            with pytest.raises(BgjobError, match="succeeded, but its result isn't JSON and stayed where it ran"):
+                await (await end.submit("set")).result(20)
+            hanging = await end.submit("hang")
+            with pytest.raises(TimeoutError, match="has not ended within 0.05 s; it is"):
+                await hanging.result("50ms")
+            assert await hanging.cancel()
+            with pytest.raises(RunCancelled, match="was cancelled: cancelled on request"):
+                await hanging.result(20)
+            here.jobs["end"]._spec.expires = 1
+            with pytest.raises(RunCancelled, match=r"was skipped: expired: .* late, expires=0.001 s"):
+                await (await end.at(long_ago).submit("value")).result(20)
+
+    @in_a_loop
+    async def test_result_no_longer_kept(self, place: SQLitePlace) -> None:
+        """A result that was kept for less than it took to ask for it is an error that says so; a cancel finds nothing."""
+        (here, there), (_, job) = instances(2, Work())
+        async with going(place.url(keep="1ms"), here), going(place.url(keep="1ms"), there, jobs=[]):
+            run = await job.submit(1)
+            for _ in range(5):
+                with contextlib.suppress(BgjobError):
+                    await (await job.submit(2)).result(20)
+                await asyncio.sleep(0.01)
+            with pytest.raises(BgjobError, match="is no longer kept: the store keeps ends for a limited time"):
+                await run.result(20)
+            assert not await run.cancel()
+            assert await there.find(run.id) is None
+
+    @in_a_loop
+    async def test_find_elsewhere(self, place: SQLitePlace) -> None:
+        """Any instance finds a run in any state; a tick too, while it is unfinished."""
+        work = Work(held=True, every="30ms")
+        (here, there), (job, _) = instances(2, work)
+        async with going(place.url(), here), going(place.url(), there, jobs=[]):
+            waiting = await there.find((await job.after("1h").submit(1)).id)
+            assert (waiting.state, waiting.attempt, waiting.started_at, waiting.args) == (
+                State.SCHEDULED,
+                0,
+                None,
+                (1,),
+            )
+            await until(lambda: work.now)
+            found = await there.find(work.begun[0].id)
+            assert (found.state, found.attempt, found.token) == (State.RUNNING, 1, 1)
+            assert found.tick == work.begun[0].tick
+            assert abs(found.started_at - work.begun[0].started_at) < timedelta(seconds=20)
+            ending = asyncio.create_task(found.result(20))
+            await asyncio.sleep(0.1)
+            work.release.set()
+            assert await ending is None
+
+    @in_a_loop
+    async def test_retries(self, url: str | None) -> None:
+        """A failed attempt is tried again after its delay, with the same id and tick, as often as it may."""
+        work, events = Work(failures=2, retries=2, retry_delay=lambda n: n * 0.05), []
+        (registry,), (job,) = instances(1, work)
+        async with going(url, registry, on_event=lambda run: events.append((run.state, run.attempt))):
+            run = await job.submit(1)
+            starts = []
+            for n in range(3):
+                await until(lambda: len(work.begun) > n)  # noqa: B023
+                starts.append(asyncio.get_running_loop().time())
+            assert await run.result(20) == 1
+        assert [attempt for attempt, _ in work.tokens] == [1, 2, 3]
+        assert [token for _, token in work.tokens] == [1, 2, 3]
+        assert len({*work.ticks}) == 1
+        assert starts[1] - starts[0] > 0.03
+        assert starts[2] - starts[1] > 0.08
+        assert events == [
+            (State.RUNNING, 1), (State.SCHEDULED, 1), (State.RUNNING, 2),
+            (State.SCHEDULED, 2), (State.RUNNING, 3), (State.SUCCEEDED, 3),
+        ]  # fmt: skip
+
+    @in_a_loop
+    async def test_retry_after_a_restart(self, place: SQLitePlace) -> None:
+        """A run's attempts are counted wherever they were made, and its retries are used up once."""
+        work = Work(failures=9, retries=2, retry_delay="200ms")
+        for _ in range(3):
+            (registry,), (job,) = instances(1, work)
+            before = len(work.begun)
+            async with going(place.url(), registry):
+                run = await registry.find("work#k") or await job.after(0, key="k").submit()
+                await until(lambda: len(work.begun) > before)  # noqa: B023
+        (registry,), _ = instances(1, work)
+        async with going(place.url(), registry, jobs=[]):
+            run = await registry.find("work#k")
+            with pytest.raises(RunFailed, match="failure 3"):
+                await run.result(20)
+        assert (run.attempt, run.state) == (3, State.FAILED)
+        assert work.tokens == [(1, 1), (2, 2), (3, 3)]
+
+    @in_a_loop
+    async def test_timeout(self, url: str | None) -> None:
+        """An attempt that takes too long is cancelled, and counts as a failure, to be retried like any other."""
+        work = Work(held=True, timeout="50ms", retries=1, retry_delay=0)
+        (registry,), (job,) = instances(1, work)
+        async with going(url, registry):
+            run = await job.submit(1)
+            with pytest.raises(RunFailed, match=r"TimeoutError: no end within 0.05 s"):
+                await run.result(20)
+        assert (work.cut, run.attempt) == ([1, 1], 2)
+
+    @in_a_loop
+    async def test_parallelism(self, place: SQLitePlace) -> None:
+        """Never more than `parallelism` runs at once over all instances, and as many wherever they are."""
+        work = Work(held=True, parallelism=3)
+        registries, jobs = instances(3, work)
+        async with going(place.url(), *registries):
+            runs = [await job.submit(n) for n, job in enumerate(jobs * 4)]
+            await until(lambda: work.now == 3)
+            await asyncio.sleep(0.1)
+            assert work.now == 3
+            work.release.set()
+            for run in runs:
+                await run.result(20)
+        assert (len(work.begun), work.most) == (12, 3)
+
+    @in_a_loop
+    @pytest.mark.parametrize("overlap", ["skip", "queue", "all"])
+    async def test_overlap(self, place: SQLitePlace, overlap: str) -> None:
+        """With a tick unfinished anywhere, "skip" skips the next, "queue" lets one wait, "all" lets all of them."""
+        work, skipped = Work(held=True, every="30ms", overlap=overlap), []
+
+        def on_event(run: Run) -> None:
+            if run.state is State.SKIPPED:
+                skipped.append(run.tick)
+
+        registries, (job, *_) = instances(3, work)
+        async with going(place.url(), *registries, on_event=on_event):
+            await until(lambda: work.now)
+            after = job.next_ticks(6, work.begun[0].tick)
+            await until(lambda: datetime.now(UTC) > after[-1] and (len(skipped) > 1 or overlap == "all"))
+            held = len(skipped)
+            work.release.set()
+            await until(lambda: len(work.begun) > 3)
+        ticks, most = [run.tick for run in work.begun], work.most
+        assert (ticks, most) == (sorted({*ticks}), 1)
+        if overlap == "all":
+            assert (ticks[1:4], skipped) == (after[:3], [])
+        elif overlap == "queue":
+            assert ticks[1] < min(skipped)
+        else:
+            assert ticks[1] > max(skipped[:held])
+
+    @in_a_loop
+    async def test_submitted_runs_and_ticks(self, place: SQLitePlace) -> None:
+        """Submitted runs never make a tick skip; it waits for its slot behind those that came before."""
+        work = Work(held=True, every="1h")
+        (registry,), (job,) = instances(1, work)
+        async with going(place.url(), registry, drain=0):
+            await job.submit("call")
+            await until(lambda: work.now)
+        (registry,), (job,) = instances(1, work)
+        await place.rewind("work", int(time.time() * 1000) - HOUR)
+        work.release.set()
+        async with going(place.url(), registry):
+            await until(lambda: len(work.ended) == 2)
+        assert work.args == ["call", "call", None]
+
+    @in_a_loop
+    async def test_cancel(self, place: SQLitePlace) -> None:
+        """Any instance cancels a run in any state: what waits never starts, what runs is interrupted, what ended isn't."""
+        work = Work(held=True, parallelism=1)
+        (here, there), (job, other) = instances(2, work)
+        async with going(place.url(), here), going(place.url(), there, jobs=[]):
+            running = await job.submit("running")
+            await until(lambda: work.now)
+            due = await job.submit("due")
+            waiting = await other.after("1h").submit("waiting")
+            for run in (due, waiting, running):
+                found = await there.find(run.id)
+                assert await found.cancel()
+                with pytest.raises(RunCancelled, match="cancelled: cancelled on request"):
+                    await run.result(20)
+                with pytest.raises(RunCancelled, match="cancelled: cancelled on request"):
+                    await found.result(20)
+                assert not await found.cancel()
+                assert not await (await there.find(run.id)).cancel()
+            work.release.set()
+            assert await (await other.submit("next")).result(20) == "next"
+        assert (work.args, work.cut) == (["running", "next"], ["running"])
+
+    @in_a_loop
+    async def test_cancel_a_retry(self, url: str | None) -> None:
+        """A run that waits for its next attempt is cancelled without one."""
+        work, told = Work(failures=9, retries=9, retry_delay="1h"), []
+        (registry,), (job,) = instances(1, work)
+        async with going(url, registry, on_event=lambda run: told.append(run.state)):
+            run = await job.submit(1)
+            await until(lambda: told == [State.RUNNING, State.SCHEDULED])
+            assert await run.cancel()
+            with pytest.raises(RunCancelled):
+                await run.result(20)
+            assert not await run.cancel()
+        assert (len(work.begun), told[-1]) == (1, State.CANCELLED)
+
+    @in_a_loop
+    async def test_cancel_races(self, place: SQLitePlace) -> None:
+        """A cancel that says a run was removed is true: it hasn't started, and won't; and one that was, ended so."""
+        work = Work()
+        (here, there), (_, job) = instances(2, work)
+        async with going(place.url(), here), going(place.url(), there, jobs=[]):
+            runs = [await job.submit(n) for n in range(100)]
+            answers = await asyncio.gather(*[run.cancel() for run in reversed(runs)])
+            ends = await asyncio.gather(*[run.result(20) for run in runs], return_exceptions=True)
+        for n, (answer, end) in enumerate(zip(reversed(answers), ends, strict=True)):
+            assert end == n or isinstance(end, RunCancelled)
+            assert answer or end == n
+            assert work.args.count(n) == (end == n or n in work.cut)
+
+    @in_a_loop
+    async def test_cancel_a_job(self, place: SQLitePlace) -> None:
+        """Job.cancel ends every scheduled and running run of the job on all instances, and says how many; no other's."""
+        work, bystander = Work(held=True, parallelism=1), Work(held=True, name="bystander")
+
+        def declare(registry: Registry) -> None:
+            work(registry)
+            bystander(registry)
+
+        here, there = several(2, declare)
+        async with going(place.url(), here, drain=0), going(place.url(), there, jobs=[]):
+            runs = [await here.jobs["work"].submit(n) for n in range(3)]
+            runs.append(await here.jobs["work"].after("1h").submit(3))
+            await here.jobs["bystander"].submit()
+            await until(lambda: work.now and bystander.now)
+            assert await there.jobs["work"].cancel() == 4
+            for run in runs:
+                with pytest.raises(RunCancelled):
+                    await run.result(20)
+            assert await there.jobs["work"].cancel() == 0
+            assert bystander.now == 1
+        assert work.args == [0]
+
+    @in_a_loop
+    async def test_expires(self, url: str | None) -> None:
+        """A run that would start later than it may is skipped; at a retry nobody asks again."""
+        work = Work(expires="10s", failures=1, retries=1, retry_delay=0)
+        (registry,), (job,) = instances(1, work)
+        async with going(url, registry):
+            with pytest.raises(RunCancelled, match=r"was skipped: expired: .* late, expires=10 s"):
+                await (await job.at(datetime.now(UTC) - timedelta(seconds=30)).submit(1)).result(20)
+            work.options["expires"] = registry.jobs["work"]._spec.expires = 500
+            run = await job.submit(2)
+            await until(lambda: work.begun)
+            assert await run.result(20) == 2
+        assert work.args == [2, 2]
+
+    @in_a_loop
+    async def test_immediate(self, place: SQLitePlace) -> None:
+        """An immediate job runs at its first start ever, once for all instances, and at no restart."""
+        work = Work(every="1h", immediate=True)
+        for _ in range(2):
+            registries, _ = instances(3, work)
+            async with going(place.url(), *registries):
+                await until(lambda: work.ended)
+                await asyncio.sleep(0.1)
+        assert len(work.begun) == 1
+
+    @in_a_loop
+    @pytest.mark.parametrize(("overlap", "number"), [("skip", 1), ("queue", 1), ("all", 60)])
+    async def test_downtime(self, place: SQLitePlace, overlap: str, number: int) -> None:
+        """After 60 missed ticks "skip" and "queue" run the newest once, "all" every one in order; a new job has none."""
+        work, new = Work(every="1h", overlap=overlap), Work(every="1h", overlap=overlap, name="new")
+        (registry,), _ = instances(1, work)
+        async with going(place.url(), registry):
+            pass
+        await asyncio.sleep(max(0, time.time() // 3600 * 3600 + 5 - time.time()))
+        hour = int(time.time() // 3600 * HOUR)
+        await place.rewind("work", hour - 60 * HOUR)
+        registries, _ = instances(2, work)
+        for registry in registries:
+            new(registry)
+        async with going(place.url(), *registries):
+            await until(lambda: len(work.ended) == number)
+            await asyncio.sleep(0.1)
+        assert work.ticks == [*range(hour, hour - number * HOUR, -HOUR)][::-1]
+        assert (work.most, new.begun) == (1, [])
+
+    @in_a_loop
+    async def test_downtime_of_years(self, place: SQLitePlace) -> None:
+        """A gap of years costs no more than one of a minute, and doesn't keep other jobs waiting."""
+        work, other = Work(every="10s"), Work(name="other")
+        (registry,), _ = instances(1, work)
+        async with going(place.url(), registry):
+            pass
+        await place.rewind("work", 1000)
+        (registry,), _ = instances(1, work)
+        job = other(registry)
+        async with going(place.url(), registry):
+            assert await (await job.submit(1)).result(20) == 1
+            await until(lambda: work.ended)
+        assert abs(work.ticks[0] - time.time() * 1000) < 60_000
+
+    @in_a_loop
+    async def test_changed_schedule(self, place: SQLitePlace) -> None:
+        """A job whose schedule has changed has missed nothing; the same one at a restart has."""
+        for every, begun in (("1h", 0), ("2h", 0), ("2h", 1)):
+            work = Work(every=every)
+            (registry,), _ = instances(1, work)
+            async with going(place.url(), registry):
+                await asyncio.sleep(0.1)
+                assert len(work.begun) == begun
+            await place.rewind("work", int(time.time() * 1000) - 5 * HOUR)
+
+    @in_a_loop
+    async def test_unknown_jobs(self, place: SQLitePlace) -> None:
+        """Runs of jobs that an instance doesn't execute are left alone: older code, `jobs=`, or a client only."""
+        work, other = Work(), Work(name="other")
+
+        def declare(registry: Registry) -> None:
+            work(registry)
+            other(registry)
+
+        (old,), _ = instances(1, work)
+        client, narrow, new = several(3, declare)
+        async with (
+            going(place.url(), old),
+            going(place.url(), narrow, jobs=["work"]),
+            going(place.url(), client, jobs=[]),
+        ):
+            left = await client.jobs["other"].submit(1)
+            assert await (await client.jobs["work"].submit(2)).result(20) == 2
+            assert (await client.find(left.id)).state is State.SCHEDULED
+            assert await (await narrow.jobs["work"].submit(3)).result(20) == 3
+            assert other.begun == []
+            async with going(place.url(), new, jobs=["other"]):
+                assert await left.result(20) == 1
+        assert other.tokens == [(1, 1)]
+        with pytest.raises(BgjobError, match=r"jobs=\['nope'\]: no such job; the registered ones are: work, other"):
+            async with going(place.url(), new, jobs=["nope"]):
+                pass
+
+    @in_a_loop
+    async def test_hand_back(self, place: SQLitePlace) -> None:
+        """What a stop cuts short goes back, and another instance runs it: the same attempt, a higher token."""
+        work, told = Work(held=True), []
+        (here, there), (job, _) = instances(2, work)
+        async with going(place.url(), there, jobs=[]):
+            async with going(place.url(), here, drain=0, on_event=lambda run: told.append((run.state, run.reason))):
+                run = await job.after(0, key="k").submit(1)
+                await until(lambda: work.now)
+            assert (run.state, run.attempt, run.reason) == (State.SCHEDULED, 0, "run() stopped")
+            assert told == [(State.RUNNING, None), (State.SCHEDULED, "run() stopped")]
+        work.release.set()
+        (there,), _ = instances(1, work)
+        async with going(place.url(), there):
+            assert await (await there.find(run.id)).result(20) == 1
+        assert (work.tokens, work.cut) == ([(1, 1), (1, 2)], [1])
+
+    @in_a_loop
+    async def test_drain(self, url: str | None) -> None:
+        """A stop waits for what runs, and what ends meanwhile is recorded."""
+        work = Work(held=True)
+        (registry,), (job,) = instances(1, work)
+        async with going(url, registry):
+            run = await job.submit(1)
+            await until(lambda: work.now)
+            asyncio.get_running_loop().call_later(0.1, work.release.set)
+        assert (run.state, work.ended) == (State.SUCCEEDED, [1])
+
+    @in_a_loop
+    async def test_drop_at_shutdown(self, url: str | None) -> None:
+        """A run that must not run twice isn't handed back: it ends cancelled, as every one does in memory."""
+        work = Work(held=True, on_crash="drop")
+        (registry, other), (job, _) = instances(2, work)
+        async with going(url, registry, drain=0):
+            run = await job.submit(1)
+            await until(lambda: work.now)
+        assert (run.state, run.reason) == (State.CANCELLED, "run() stopped")
+        async with going(url, other):
+            found = await other.find(run.id)
+            assert found is None if url is None else (found.state, found.reason) == (State.CANCELLED, "run() stopped")
+
+    @in_a_loop
+    async def test_log(self, url: str | None, caplog: pytest.LogCaptureFixture) -> None:
+        """A success is INFO, an attempt to be retried a WARNING in one line, the last failure an ERROR with traceback."""
+        caplog.set_level(logging.INFO, "bgjob")
+        (registry,), (job,) = instances(1, Work(failures=2, retries=1, retry_delay=0))
+        async with going(url, registry):
+            with pytest.raises(RunFailed):
+                await (await job.after(0, key="a").submit()).result(20)
+            await (await job.after(0, key="b").submit()).result(20)
+        lines = [(record.levelname, record.getMessage(), bool(record.exc_info)) for record in caplog.records]
+        assert lines[0][1].startswith(f"bgjob {bgjob.__version__} runs 1 jobs")
+        assert lines[1:3] == [
+            ("WARNING", "work#a failed at attempt 1 of 2: ValueError: failure 1; retry in 0 s", False),
+            ("ERROR", "work#a failed at attempt 2: ValueError: failure 2", True),
+        ]
+        assert re.fullmatch(r"work#b succeeded in [0-9.]+ s", lines[3][1])
+
+    @in_a_loop
+    async def test_one_run_per_store(self, place: SQLitePlace) -> None:
+        """A store object serves one `run()` at a time, and another one afterwards."""
+        work = Work()
+        (here, there), (job, other) = instances(2, work)
+        store = bgjob._store_of(place.url())
+        async with going(store, here):
+            with pytest.raises(BgjobError, match="one run.. or running.. per store object; make another"):
+                async with going(store, there):
+                    pass
+            assert await (await job.submit(1)).result(20) == 1
+        async with going(store, there):
+            assert await (await other.submit(2)).result(20) == 2
+
+    @in_a_loop
+    async def test_prefix(self, place: SQLitePlace) -> None:
+        """Two prefixes are two stores: neither sees the other's ticks, runs or keys."""
+        one, two = Work(every="1h", immediate=True), Work(every="1h", immediate=True)
+        (here,), (job,) = instances(1, one)
+        (there,), (other,) = instances(1, two)
+        async with going(place.url("one"), here), going(place.url("two"), there):
+            await until(lambda: one.ended and two.ended)
+            assert await (await job.after(0, key="k").submit(1)).result(20) == 1
+            assert await (await other.after(0, key="k").submit(2)).result(20) == 2
+            assert await here.jobs["work"].cancel() == 0
+        assert (one.args, two.args) == ([None, 1], [None, 2])
+
+    @in_a_loop
+    async def test_fencing(self, place: SQLitePlace) -> None:
+        """The result of a claim that has been overtaken is refused, and what overtook it goes on undisturbed."""
+        work, thief = Work(held=True), bgjob._store_of(place.url())
+        (here, there), (job, _) = instances(2, work)
+        async with going(place.url(), here, jobs=["work"]):
+            run = await job.after(0, key="k").submit(1)
+            await until(lambda: work.now == 1)
+            await thief.open("thief", lambda: None)
+            here._engine._closing, here._engine._names = True, frozenset()  # it claims nothing more
+            row = await thief.find("work#k")
+            back = bgjob.Settlement(
+                row.id, row.token, "work", row.at, True, State.SCHEDULED, 0, True, 1, None, None, None
+            )
+            assert await thief.settle([back]) == ["done"]
+            await thief.close()
+            async with going(place.url(), there):
+                await until(lambda: work.now == 2)
+                stale, fresh = work.begun
+                work.failures = 0
+                work.release.set()
+                await until(lambda: stale.reason == "lease lost" and fresh.state is State.SUCCEEDED)
+                found = await there.find("work#k")
+                assert (found.token, found.attempt, found.state) == (2, 1, State.SUCCEEDED)
+            here._engine._closing = False
+            assert await run.result(20) == 1
+        assert work.tokens == [(1, 1), (1, 2)]
+
+    @in_a_loop
+    async def test_after(self, place: SQLitePlace) -> None:
+        """A job with `after` is each instance's own, and never in the store."""
+        work = Work(after=0)
+        registries, _ = instances(2, work)
+        async with going(place.url(), *registries):
+            await until(lambda: len(work.ended) == 2)
+            assert await registries[0].jobs["work"].cancel() == 0
+
+    @in_a_loop
+    async def test_threads(self, url: str | None) -> None:
+        """A plain function runs in a thread, with the run's context; its value and its error are the run's."""
+        registry = Registry()
+
+        @registry.job
+        def plain(n: int) -> list[object]:
+            return [1 // n, current_run().id, threading.current_thread() is threading.main_thread()]
+
+        async with going(url, registry):
+            run = await plain.submit(1)
+            assert await run.result(20) == [1, run.id, False]
+            with pytest.raises(RunFailed, match="ZeroDivisionError"):
+                await (await plain.submit(0)).result(20)
+
+    @in_a_loop
+    async def test_jobs_that_come_and_go(self, place: SQLitePlace) -> None:
+        """A job registered while it goes begins its schedule; a removed one starts nothing more, and its runs stay."""
+        work, other = Work(every="30ms", overlap="all"), Work(name="other")
+        registry = Registry()
+        (late,), _ = instances(1, other)
+        async with going(place.url(), registry):
+            work(registry)
+            job = other(registry)
+            await until(lambda: len(work.begun) > 1)
+            stays = await job.after("50ms").submit(1)
+            registry.remove("work")
+            registry.remove("other")
+            begun = len(work.begun)
+            await asyncio.sleep(0.2)
+            assert len(work.begun) <= begun + 1
+            assert other.begun == []
+        async with going(place.url(), late):
+            assert await (await late.find(stays.id)).result(20) == 1
+        assert work.ticks == [*range(work.ticks[0], work.ticks[-1] + 30, 30)]
+
+    @in_a_loop
+    async def test_on_error(self, url: str | None) -> None:
+        """`on_error` is called once, after the last attempt, and before the run is settled."""
+        told: list[tuple[object, ...]] = []
+
+        def on_error(run: Run, error: BaseException) -> None:
+            told.append((run.id, run.attempt, run.state, str(error)))
+
+        (registry,), (job,) = instances(1, Work(failures=9, retries=1, retry_delay=0, on_error=on_error))
+        async with going(url, registry):
+            with pytest.raises(RunFailed):
+                await (await job.after(0, key="k").submit()).result(20)
+        assert told == [("work#k", 2, State.RUNNING, "failure 2")]
+
 
 async def steps(store: SQLiteStore, verb: Awaitable[object]) -> int:
     """What SQLite does for a verb, counted: no clock tells it as well."""
