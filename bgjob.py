@@ -1730,8 +1730,11 @@ class _Lane:
         return now if spec.immediate else next(self.ticks, None)
 
     def grid(self, tick: int) -> _Every | _Cron:
-        schedule = self.spec.schedule
-        return schedule if isinstance(schedule, _Cron) else _Every(cast(_Every, schedule).every, tick)
+        """The schedule with `tick` as one of its ticks: an interval's begin one interval after its start."""
+        if isinstance(self.spec.schedule, _Cron):
+            return self.spec.schedule
+        every = cast(_Every, self.spec.schedule).every
+        return _Every(every, tick - every)
 
     def catch_up(self, due: int, now: int) -> int:
         """The newest tick up to now: computed, for a gap of a week costs no more than one of a minute."""

@@ -1763,6 +1763,24 @@ class TestEngine:
             logging.disable(logging.NOTSET)
         assert abs(counts[2] - counts[1]) < 300, counts
 
+    def test_gap(self, caplog: pytest.LogCaptureFixture) -> None:
+        """A week's gap of an interval is one run and one line with first, last and number."""
+        registry = Registry()
+
+        @registry.job(every="1s")
+        async def often() -> None: ...
+
+        async def main() -> None:
+            await asyncio.sleep(10)
+            asyncio.get_running_loop()._virtual.elapsed += 7 * 86_400
+
+        runs = registry.simulate("604815s", start=START, main=main)
+        assert len(runs) == 16
+        assert [r.getMessage() for r in caplog.records if "came due" in r.getMessage()] == [
+            "job 'often': 604800 ticks came due together, 2026-01-01T00:00:11Z to 2026-01-08T00:00:10Z:"
+            " only the newest runs"
+        ]
+
     def test_traceback_without_configuration(self) -> None:
         """The last failure's traceback is on stderr though nobody configured logging."""
         code = (
