@@ -20,8 +20,13 @@ import sys
 import threading
 import time
 import zoneinfo
+<<<<<<< HEAD
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing, contextmanager
+=======
+from collections.abc import AsyncIterator, Iterator
+from contextvars import ContextVar
+>>>>>>> 7e9f2fd (Tests for what no test noticed when it was broken: clock steps, drain, cancel, hooks)
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from itertools import islice, takewhile
 from pathlib import Path
@@ -948,6 +953,15 @@ def virtually(main: object) -> object:
         return runner.run(main)
 
 
+@contextlib.contextmanager
+def suppress_logging() -> Iterator[None]:
+    logging.disable()
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 class TestTime:
     @pytest.mark.parametrize(
         ("text", "ms"),
@@ -1549,17 +1563,23 @@ class TestEngine:
         assert asyncio.run(main()) == {"stubborn"}
         named = sorted(r.getMessage().split("@")[0] for r in caplog.records if "would not stop" in r.getMessage())
         assert named == ["blocked", "stubborn"]
+        gc.collect()
+        assert not [r for r in caplog.records if r.name == "asyncio"]
 
     @pytest.mark.skipif(not hasattr(asyncio, "eager_task_factory"), reason="needs Python 3.12")
     def test_eager_tasks(self) -> None:
         """With an eager task factory slots, order and a run that cancels itself in its first step are right."""
-        registry = Registry()
+        registry, cancelled = Registry(), []
 
         @registry.job(parallelism=2)
         async def work(n: int) -> int:
             if n == 5:
                 await current_run().cancel()
-                await asyncio.sleep(1)
+                try:
+                    await asyncio.sleep(1)
+                except asyncio.CancelledError:
+                    cancelled.append(n)
+                    raise
             return n
 
         async def main() -> list[object]:
@@ -1571,6 +1591,7 @@ class TestEngine:
                 return [await run.result(5) for run in runs if run is not runs[5]]
 
         assert asyncio.run(main()) == [n for n in range(2000) if n != 5]
+        assert cancelled == [5]
 
     @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -1756,12 +1777,102 @@ class TestEngine:
                     gc.collect()
                     counts.append(len(gc.get_objects()))
 
-        logging.disable()
-        try:
+        with suppress_logging():
             virtually(main())
-        finally:
-            logging.disable(logging.NOTSET)
         assert abs(counts[2] - counts[1]) < 300, counts
+
+    def test_traceback_without_configuration(self) -> None:
+        """The last failure's traceback is on stderr though nobody configured logging."""
+        code = (
+            "import bgjob\n@bgjob.job(after=0, retries=1)\nasync def f(): raise ValueError('boom')\n"
+            "bgjob.simulate('1h')"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
+        assert "failed at attempt 1 of 2: ValueError: boom; retry in" in done.stderr
+        assert done.stderr.count("Traceback") == 1
+
+
+class Stepped(bgjob._VirtualClock):
+    """A virtual clock that somebody sets."""
+
+    slice = 30_000
+    step = 0.0
+
+    def wall(self) -> float:
+        return super().wall() + self.step
+
+
+class TestClockSteps:
+    """Each job starts at 00:00, the clock is set at 00:33:20, and what counts is seconds since the start."""
+
+    @pytest.mark.parametrize(
+        ("step", "every", "wild", "fixed", "parked", "delay", "instant"),
+        [
+            # half an hour on: one catch-up within 30 s, and on by the new time
+            (3600, [2010, 4500], [2010, 2400], [2010, 5400], [1500, 2010], 2010, 2010),
+            # an hour back: intervals and delays as if nothing had been; fixed waits for its next, wild goes on at once
+            (-3600, [2700, 5400], [2400, 3000], [9000, 12600], [1500, 3000], 3650, 7200),
+            # more than three hours back: fixed goes by the new time too
+            (-4 * 3600, [2700, 5400], [2400, 3000], [16200, 19800], [1500, 3000], 3650, 18000),
+        ],
+    )
+    def test_steps(self, step: int, every: list[int], wild: list[int], fixed: list[int], parked: list[int],
+                   delay: int, instant: int) -> None:  # fmt: skip
+        """A step is seen within 30 s; nothing bursts, freezes or comes twice, whichever way the clock is set."""
+        registry, begun = Registry(), {}
+
+        async def noted(seconds: float = 0) -> None:
+            begun.setdefault(current_run().key or current_run().job, []).append(asyncio.get_running_loop().time())
+            await asyncio.sleep(seconds)
+
+        registry.job(every="45m", name="every")(noted)
+        registry.job(cron="*/10 * * * *", name="wild")(noted)
+        registry.job(cron="30 * * * *", name="hourly")(noted)
+        registry.job(cron="30 0-5 * * *", name="fixed")(noted)
+        registry.job(every="25m", name="parked", overlap="all", args={"seconds": 510})(noted)
+        registry.job(name="call")(noted)
+
+        async def main() -> None:
+            clock = Stepped(asyncio.get_running_loop().time, START.timestamp())
+            engine = bgjob._Engine(registry, None, 0, None, clock)
+            await engine.open()
+            await asyncio.sleep(50)
+            calls = registry.jobs["call"]
+            await calls.after("1h", key="delay").submit()
+            await calls.at(START + timedelta(hours=1), key="instant").submit()
+            await asyncio.sleep(1950)
+            clock.step = step
+            await asyncio.sleep(6 * 3600)
+            await engine.close()
+
+        virtually(main())
+        near = {name: [t for t in times if t > 2000] for name, times in begun.items()}
+        assert near["every"][:2] == every
+        assert near["wild"][:2] == wild
+        assert near["fixed"][:2] == fixed
+        assert [begun["parked"][0], near["parked"][0]] == parked
+        assert (near["delay"], near["instant"]) == ([delay], [instant])
+
+    def test_waiting_ticks(self) -> None:
+        """A tick that waits while the clock is set back isn't late by less than it waited."""
+        registry, late = Registry(), []
+
+        @registry.job(every="10s", overlap="queue")
+        async def slow() -> None:
+            late.append(round(current_run().late))
+            await asyncio.sleep(25)
+
+        async def main() -> None:
+            clock = Stepped(asyncio.get_running_loop().time, START.timestamp())
+            engine = bgjob._Engine(registry, None, 0, None, clock)
+            await engine.open()
+            await asyncio.sleep(22)
+            clock.step = -3600
+            await asyncio.sleep(15)
+            await engine.close()
+
+        virtually(main())
+        assert late == [0, 15]
 
     def test_gap(self, caplog: pytest.LogCaptureFixture) -> None:
         """A week's gap of an interval is one run and one line with first, last and number."""
@@ -1781,15 +1892,539 @@ class TestEngine:
             " only the newest runs"
         ]
 
-    def test_traceback_without_configuration(self) -> None:
-        """The last failure's traceback is on stderr though nobody configured logging."""
-        code = (
-            "import bgjob\n@bgjob.job(after=0, retries=1)\nasync def f(): raise ValueError('boom')\n"
-            "bgjob.simulate('1h')"
-        )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
-        assert "failed at attempt 1 of 2: ValueError: boom; retry in" in done.stderr
-        assert done.stderr.count("Traceback") == 1
+
+class TestEdges:
+    def test_early_timers(self) -> None:
+        """What is due within 2 ms is due, once."""
+        registry, begun = Registry(), []
+
+        @registry.job(every="10s")
+        async def work() -> None:
+            begun.append(asyncio.get_running_loop().time())
+
+        async def main() -> None:
+            async with driven(registry) as engine:
+                await asyncio.sleep(9.9985)
+                engine._wake()
+                await asyncio.sleep(1)
+
+        virtually(main())
+        assert [round(t, 4) for t in begun] == [9.9985]
+
+    def test_one_bug_stops_nothing(self) -> None:
+        """The timer is set again also when admitting failed."""
+        registry, begun = Registry(), []
+
+        @registry.job(every="10s")
+        async def work() -> None:
+            begun.append(1)
+
+        async def main() -> None:
+            async with driven(registry) as engine:
+                admit = engine._admit
+
+                def once(now: int) -> None:
+                    engine._admit = admit
+                    raise ZeroDivisionError
+
+                engine._admit = once
+                await asyncio.sleep(60)
+
+        with suppress_logging():
+            virtually(main())
+        assert begun
+
+    def test_context(self) -> None:
+        """Every run starts in a copy of the context in which run() was called, whoever submits it."""
+        registry, where = Registry(), ContextVar("where", default="nowhere")
+
+        @registry.job
+        async def work() -> str:
+            return where.get()
+
+        async def main() -> None:
+            where.set("at the start")
+            async with driven(registry):
+                where.set("later")
+                assert await (await work.submit()).result() == "at the start"
+
+        virtually(main())
+
+    def test_task_factory_that_fails(self) -> None:
+        """A task that can't be made is a failed run, and its slot comes back."""
+        registry = Registry()
+
+        @registry.job(parallelism=1)
+        async def work() -> int:
+            return 1
+
+        def factory(loop: asyncio.AbstractEventLoop, coro: object, **keywords: object) -> object:
+            loop.set_task_factory(None)
+            raise OSError("no task")
+
+        async def main() -> None:
+            runs = [await work.submit() for _ in range(2)]
+            asyncio.get_running_loop().set_task_factory(factory)
+            assert await runs[1].result() == 1
+            with pytest.raises(RunFailed, match="OSError: no task"):
+                await runs[0].result()
+
+        registry.simulate("1m", start=START, main=main)
+
+    @pytest.mark.parametrize("asked", ["before", "after", "never"])
+    def test_task_that_never_began(self, asked: str) -> None:
+        """It ends its run for whoever waits for it, before or after, and doesn't hold the drain."""
+        registry = Registry()
+
+        @registry.job
+        async def work() -> None: ...
+
+        def factory(loop: asyncio.AbstractEventLoop, coro: object, **keywords: object) -> asyncio.Task[object]:
+            loop.set_task_factory(None)
+            task = asyncio.Task(coro, loop=loop, **keywords)
+            task.cancel()
+            return task
+
+        async def main() -> float:
+            async with driven(registry, drain=1_000_000):
+                run = await work.submit()
+                waiter = asyncio.create_task(run.result("5s"))
+                if asked != "before":
+                    waiter.cancel()
+                await asyncio.sleep(0)
+                asyncio.get_running_loop().set_task_factory(factory)
+                await asyncio.sleep(1)
+                with contextlib.suppress(asyncio.CancelledError, RunFailed):
+                    await waiter
+                if asked == "after":
+                    with pytest.raises(RunFailed, match="cancelled before its first step"):
+                        await run.result("5s")
+            assert run.state is State.FAILED
+            return asyncio.get_running_loop().time()
+
+        assert virtually(main()) < 2
+
+    def test_cancel_between_start_and_first_step(self) -> None:
+        """A run that is cancelled there never begins."""
+        registry, begun = Registry(), []
+
+        @registry.job
+        async def work() -> None:
+            begun.append(1)
+
+        def factory(loop: asyncio.AbstractEventLoop, coro: object, **keywords: object) -> asyncio.Task[object]:
+            loop.set_task_factory(None)
+            asyncio.Task(runs[0].cancel(), loop=loop)
+            return asyncio.Task(coro, loop=loop, **keywords)
+
+        async def main() -> None:
+            runs.append(await work.submit())
+            asyncio.get_running_loop().set_task_factory(factory)
+            with pytest.raises(RunCancelled, match="on request"):
+                await runs[0].result()
+
+        runs: list[Run] = []
+        registry.simulate("1m", start=START, main=main)
+        assert begun == []
+
+    def test_cancel_everywhere(self) -> None:
+        """A cancelled run never starts: not when it is due, not when a slot is free, not when it would be retried."""
+        registry, begun = Registry(), []
+
+        @registry.job(parallelism=1, retries=1, retry_delay="10s")
+        async def work(name: str, seconds: float = 0) -> None:
+            begun.append(name)
+            await asyncio.sleep(seconds)
+            if name == "fails":
+                raise ValueError
+
+        async def main() -> None:
+            fails = await work.submit("fails")
+            await asyncio.sleep(1)
+            runs = [fails, await work.after("1m").submit("delayed")]
+            first = await work.submit("first", 5)
+            runs.append(await work.submit("waiting"))
+            await asyncio.sleep(1)
+            assert [await run.cancel() for run in runs] == [True] * 3
+            assert {run.state for run in runs} == {State.CANCELLED}
+            await first.result()
+            assert not await first.cancel()
+            assert await registry.find("unknown") is None
+            assert await registry.find(first.id) is first
+
+        registry.simulate("1h", start=START, main=main)
+        assert begun == ["fails", "first"]
+
+    def test_attempts_are_apart(self) -> None:
+        """Neither the timeout of an earlier attempt nor its reason touches the next, and a retry counts from the end."""
+        registry, begun = Registry(), []
+
+        @registry.job(timeout="10s", retries=1, retry_delay="5s")
+        async def work(seconds: list[float]) -> str:
+            begun.append(asyncio.get_running_loop().time())
+            await asyncio.sleep(seconds[current_run().attempt - 1])
+            if current_run().attempt == 1:
+                raise ValueError
+            return "done"
+
+        async def main() -> None:
+            assert await (await work.submit([1, 9])).result() == "done"
+            assert await (await work.submit([99, 9])).result() == "done"
+
+        registry.simulate("1h", start=START, main=main)
+        assert begun == [0, 6, 15, 30]
+
+    def test_events(self) -> None:
+        """on_event sees every change of a run's state, in order."""
+        registry, seen = Registry(), []
+
+        @registry.job(after=0, retries=1, retry_delay="5s")
+        async def work() -> None:
+            if current_run().attempt == 1:
+                raise ValueError
+
+        async def main() -> None:
+            async with driven(registry, lambda run: seen.append(f"{run.state} {run.attempt}")):
+                await asyncio.sleep(60)
+
+        virtually(main())
+        assert seen == ["running 1", "scheduled 1", "running 2", "succeeded 2"]
+
+    def test_on_error(self, caplog: pytest.LogCaptureFixture) -> None:
+        """It runs once, before the run is settled, free of the timeout's cancellation, and for 30 s at most."""
+        registry, told = Registry(), []
+
+        async def hook(run: Run, error: BaseException) -> None:
+            told.append((run.state, repr(error), asyncio.current_task().cancelling(), current_run() is run))
+            await asyncio.sleep(10_000)
+
+        @registry.job(on_error=hook)
+        async def fails() -> None:
+            raise ValueError
+
+        @registry.job(on_error=hook, timeout="5s")
+        async def hangs() -> None:
+            await asyncio.sleep(10_000)
+
+        async def main() -> None:
+            for job, end in ((fails, 30), (hangs, 40)):
+                with pytest.raises(RunFailed):
+                    await (await job.submit()).result()
+                assert round(asyncio.get_running_loop().time()) == end
+
+        registry.simulate("1h", start=START, main=main)
+        assert told == [
+            (State.RUNNING, "ValueError()", 0, True),
+            (State.RUNNING, "TimeoutError('no end within 5 s')", 0, True),
+        ]
+        assert sum("on_error failed: TimeoutError" in r.getMessage() for r in caplog.records) == 2
+
+    def test_on_error_in_a_thread(self) -> None:
+        """A plain on_error runs in a thread, so that it can't block the loop."""
+        registry, threads = Registry(), []
+
+        @registry.job(on_error=lambda run, error: threads.append(threading.current_thread().name))
+        async def fails() -> None:
+            raise ValueError
+
+        async def main() -> None:
+            async with registry.running():
+                with pytest.raises(RunFailed):
+                    await (await fails.submit()).result(5)
+
+        asyncio.run(main())
+        assert threads == ["bgjob fails on_error"]
+
+    def test_expires(self) -> None:
+        """What would start later than `expires` is skipped, judged at the first start only."""
+        registry, begun = Registry(), []
+
+        @registry.job(parallelism=1, expires="5s", retries=1, retry_delay="1m")
+        async def work(n: int) -> None:
+            begun.append(n)
+            await asyncio.sleep(4)
+            if current_run().attempt == 1:
+                raise ValueError
+
+        async def main() -> None:
+            runs.extend([await work.submit(n) for n in range(3)])
+
+        runs: list[Run] = []
+        registry.simulate("10m", start=START, main=main)
+        assert [(run.state, run.reason) for run in runs] == [
+            ("succeeded", None), ("succeeded", None), ("skipped", "expired: 8 s late, expires=5 s"),
+        ]  # fmt: skip
+        assert begun == [0, 1, 0, 1]
+
+    def test_jitter(self) -> None:
+        """Jitter spreads the starts, never past the next tick, and is the same in every replay."""
+
+        def starts() -> list[float]:
+            registry = Registry()
+
+            @registry.job(every="10s", jitter="1h")
+            async def work() -> None: ...
+
+            return [run.late for run in registry.simulate("10m", start=START)]
+
+        first = starts()
+        assert first == starts()
+        assert all(0 <= late < 10 for late in first)
+        assert len({round(late) for late in first}) > 5
+
+    def test_warnings(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Ticks skipped by overlap are one line at the first and one with the number; a late start is a warning."""
+        registry = Registry()
+
+        @registry.job(every="10s")
+        async def slow() -> None:
+            await asyncio.sleep(55 if current_run().tick.minute == 0 and current_run().tick.second == 10 else 1)
+
+        @registry.job(every="10s", overlap="queue")
+        async def queued() -> None:
+            await asyncio.sleep(12)
+
+        registry.simulate("85s", start=START)
+        lines = [r.getMessage() for r in caplog.records]
+        assert [line for line in lines if "slow" in line] == [
+            "slow@2026-01-01T00:00:20Z skipped: 1 earlier ticks of the job are unfinished",
+            "job 'slow' runs again: 5 ticks were skipped",
+        ]
+        assert "queued@2026-01-01T00:00:20Z starts 2 s late" in lines
+
+    @pytest.mark.parametrize(("reason", "state"), [("cancel", "cancelled"), ("shutdown", "succeeded")])
+    def test_a_cancellation_that_is_caught(self, reason: str, state: str) -> None:
+        """Who returns all the same is cancelled if that was asked for, and done where only the end of run() came."""
+        registry = Registry()
+
+        @registry.job
+        async def saves() -> None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(1000)
+
+        async def main() -> str:
+            async with driven(registry):
+                run = await saves.submit()
+                await asyncio.sleep(1)
+                if reason == "cancel":
+                    await run.cancel()
+            return run.state
+
+        assert virtually(main()) == state
+
+    def test_a_factory_that_swallows(self) -> None:
+        """A dependency that swallows what was raised at its yield doesn't turn a failure into a success."""
+        registry = Registry()
+
+        def swallows():
+            with contextlib.suppress(ValueError):
+                yield 1
+
+        @registry.job(after=0)
+        async def work(x: int = Depends(swallows)) -> None:
+            raise ValueError("no")
+
+        (run,) = registry.simulate("1m", start=START)
+        assert (run.state, run.error) == ("failed", "ValueError: no")
+
+    def test_app_dependencies(self) -> None:
+        """They are made before the first run, also where only a "run" one needs them, and outlive the last."""
+        registry, events = Registry(), []
+
+        async def pool():
+            events.append("open")
+            yield "pool"
+            events.append("close")
+
+        def connection(pool: str = Depends(pool, scope="app")) -> str:
+            return pool
+
+        @registry.job(every="1s")
+        async def work(x: str = Depends(connection)) -> None:
+            try:
+                await asyncio.sleep(1000)
+            finally:
+                events.append("ended")
+
+        async def main() -> None:
+            async with driven(registry):
+                assert events == ["open"]
+                await asyncio.sleep(1.5)
+
+        virtually(main())
+        assert events == ["open", "ended", "close"]
+
+    def test_drain(self) -> None:
+        """While it drains nothing starts, no tick, no waiting run, no call; afterwards no timer fires."""
+        registry, begun = Registry(), []
+
+        @registry.job(every="1s", name="ticks")
+        async def ticks() -> None:
+            begun.append("tick")
+
+        @registry.job(parallelism=1)
+        async def work(n: int) -> None:
+            begun.append(n)
+            await asyncio.sleep(10)
+
+        async def main() -> None:
+            async with driven(registry, drain=60_000):
+                runs = [await work.submit(n) for n in range(2)]
+                await asyncio.sleep(1.5)
+                asyncio.get_running_loop().call_later(1, asyncio.ensure_future, late())
+            await asyncio.sleep(100)
+            assert [run.state for run in runs] == ["succeeded", "cancelled"]
+
+        async def late() -> None:
+            with pytest.raises(BgjobError, match="is stopping"):
+                await work.submit(2)
+            begun.append("refused")
+
+        virtually(main())
+        assert begun == [0, "tick", "refused"]
+
+    @pytest.mark.parametrize("first", ["cancel", "stop"])
+    def test_cancel_while_draining(self, first: str) -> None:
+        """A cancel that comes while it drains ends the wait, lets clean-ups run, and is raised."""
+        registry, cleaned = Registry(), []
+
+        @registry.job(after=0)
+        async def long() -> None:
+            try:
+                await asyncio.sleep(10_000)
+            finally:
+                await asyncio.sleep(0)
+                cleaned.append(asyncio.get_running_loop().time())
+
+        async def main() -> None:
+            task = asyncio.create_task(registry.run(drain="1h"))
+            await asyncio.sleep(1)
+            registry._engine.stop() if first == "stop" else task.cancel()
+            await asyncio.sleep(1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await asyncio.sleep(1)
+
+        virtually(main())
+        assert [round(t) for t in cleaned] == [2]
+
+    def test_refusals_at_the_start(self) -> None:
+        """A second run() of the same jobs and an unknown name in `jobs` are errors that say what there is."""
+        registry = Registry()
+
+        @registry.job
+        async def work() -> None: ...
+
+        async def main() -> None:
+            async with registry.running():
+                with pytest.raises(BgjobError, match="these jobs run already"):
+                    await registry.run()
+            with pytest.raises(BgjobError, match=r"jobs=\['mail'\]: no such job; the registered ones are: work"):
+                await registry.run(jobs=["mail"])
+            with pytest.raises(BgjobError, match=r"write a list of names, \['work'\]"):
+                await registry.run(jobs="work")
+
+        asyncio.run(main())
+
+    def test_some_jobs(self) -> None:
+        """With `jobs` only those are executed, of the ones that are registered later too; submitting another says so."""
+        registry, begun = Registry(), []
+
+        async def noted() -> None:
+            begun.append(current_run().job)
+
+        for name in ("a", "b"):
+            registry.job(every="10ms", name=name)(noted)
+
+        async def main() -> None:
+            async with registry.running(jobs=["a"]):
+                registry.job(every="10ms", name="c")(noted)
+                await asyncio.sleep(0.05)
+                with pytest.raises(BgjobError, match="it isn't executed here"):
+                    await registry.jobs["b"].submit()
+
+        asyncio.run(main())
+        assert set(begun) == {"a"}
+
+    def test_added_by_a_thread(self) -> None:
+        """A job that another thread registers begins at once, though the loop has nothing else to wake up for."""
+        registry = Registry()
+
+        async def main() -> None:
+            begun = asyncio.Event()
+
+            async def work() -> None:
+                begun.set()
+
+            async with registry.running():
+                await asyncio.sleep(0)
+                threading.Timer(0.02, registry.job(every="10ms"), [work]).start()
+                waiting = asyncio.ensure_future(begun.wait())
+                watchdog = threading.Timer(5, asyncio.get_running_loop().call_soon_threadsafe, [waiting.cancel])
+                watchdog.start()
+                assert await waiting
+                watchdog.cancel()
+
+        asyncio.run(main())
+
+    def test_removed(self) -> None:
+        """A removed job has no more ticks, its scheduled runs are cancelled, what runs ends."""
+        registry, begun = Registry(), []
+
+        @registry.job(every="10s")
+        async def work(n: int = 0) -> str:
+            begun.append(n)
+            await asyncio.sleep(5)
+            return "done"
+
+        async def main() -> None:
+            running, waiting, delayed = await work.submit(1), await work.submit(2), await work.after(60).submit(3)
+            await asyncio.sleep(1)
+            registry.remove("work")
+            assert [waiting.state, delayed.reason] == ["cancelled", "job removed"]
+            assert await running.result() == "done"
+            with pytest.raises(BgjobError, match="job 'work': not registered; the registered ones are: none"):
+                registry.remove("work")
+
+        registry.simulate("10m", start=START, main=main)
+        assert begun == [1]
+
+    def test_ids(self) -> None:
+        """Ids of submitted runs sort by submission: many in a millisecond, and with the clock set back."""
+        ids = bgjob._Ids(5)
+        made = [ids.new(now) for now in (10, 10, 9, *[11] * 5000, 3, 12, 500)]
+        assert made == sorted(set(made))
+
+    @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+    def test_foreign_handlers(self) -> None:
+        """Somebody else's handler stays in place, and a run() outside the main thread touches none."""
+        registry = Registry()
+
+        async def main() -> None:
+            task = asyncio.create_task(registry.run())
+            await asyncio.sleep(0.01)
+            seen.append((signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)))
+            registry._engine.stop()
+            await task
+            seen.append(task.result())
+
+        def foreign(number: int, frame: object) -> None: ...
+
+        seen: list[object] = []
+        before = signal.signal(signal.SIGTERM, foreign)
+        try:
+            default = signal.getsignal(signal.SIGINT)
+            thread = threading.Thread(target=lambda: asyncio.run(main()))
+            thread.start()
+            thread.join()
+            assert seen == [(foreign, default), None]
+            asyncio.run(main())
+            assert seen[2][0] is foreign
+            assert seen[2][1] is not default
+            assert signal.getsignal(signal.SIGINT) is default
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 class SQLitePlace:
