@@ -931,7 +931,8 @@ def Depends(factory: Factory, scope: Scope = "run") -> object:
 
     Args:
         factory: a function, async function, generator or async generator; what follows its `yield` is the
-            clean-up. Its own parameters may be dependencies. It runs in the event loop, a plain one too.
+            clean-up, in a `finally`, for what the function raises is raised there too. Its own parameters may be
+            dependencies. It runs in the event loop, a plain one too.
         scope: "run" (the default): made once per attempt, and cleaned up after it in reverse order, whatever the
             outcome. "app": made when `run()` starts and cleaned up after the last run; it can't need a "run" one.
 
@@ -1348,7 +1349,11 @@ class Job(Generic[P, C_co, R_co]):
         return Later(self, 0, _to_ms("at", when), key)
 
     async def cancel(self) -> int:
-        """Cancel every scheduled and running run of this job; how many. Its next tick still fires."""
+        """Cancel every scheduled and running run of this job; how many. Its next tick still fires.
+
+        Raises:
+            BgjobError: nothing runs: call it inside `run()` or `running()`.
+        """
         return await self._registry._cancel(cast(Job, self))
 
     def next_ticks(self, n: int = 5, start: datetime | None = None) -> list[datetime]:
@@ -1779,7 +1784,7 @@ _Entry: TypeAlias = tuple[int, int, _Lane | _Live]  # due, order of entering, wh
 
 
 class _Past:
-    """What memory remembers of ended runs, so that `find()` and keys work: bounded, and without tracebacks."""
+    """What memory remembers of ended runs, so that `find()` and keys work: the last thousand, and a day's keys."""
 
     def __init__(self) -> None:
         self._recent: OrderedDict[str, _Live] = OrderedDict()
@@ -3876,7 +3881,8 @@ class Registry:
     """A set of jobs. The module's `job`, `run`, `running` and `simulate` are those of one default registry.
 
     Attributes:
-        overrides: `registry.overrides[factory] = other` puts `other` in a dependency's place, for tests.
+        overrides: `registry.overrides[factory] = other` puts `other` in a dependency's place, for tests. Those of the
+            module's own functions are `bgjob.default.overrides`.
     """
 
     def __init__(self) -> None:
@@ -4049,7 +4055,12 @@ class Registry:
 
     async def find(self, id: str) -> Run | None:
         """The run with that id, or None. Without a store: an unfinished one, one of the last thousand that were
-        submitted or failed, or a keyed one of the last day."""
+        submitted or failed, or a keyed one of the last day.
+
+        Raises:
+            BgjobError: nothing runs: call it inside `run()` or `running()`.
+            StoreError: the store gave no answer for 5 s.
+        """
         return await self._going("find()").find(id)
 
     def _going(self, what: str) -> _Engine:

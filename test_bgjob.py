@@ -20,13 +20,9 @@ import sys
 import threading
 import time
 import zoneinfo
-<<<<<<< HEAD
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing, contextmanager
-=======
-from collections.abc import AsyncIterator, Iterator
 from contextvars import ContextVar
->>>>>>> 7e9f2fd (Tests for what no test noticed when it was broken: clock steps, drain, cancel, hooks)
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from itertools import islice, takewhile
 from pathlib import Path
