@@ -1855,7 +1855,7 @@ class _Engine:
     async def open(self) -> None:
         """Start: "app" dependencies first, then the schedules. On an error nothing is left behind."""
         registry = self._registry
-        if registry._engine is not None:
+        if registry._going_engine() is not None:
             raise BgjobError("these jobs run already: one run() or running() per registry at a time")
         jobs = [job for job in registry.jobs.values() if self._names is None or job.name in self._names]
         unknown = (self._names or frozenset()) - registry.jobs.keys()
@@ -4001,8 +4001,9 @@ class Registry:
         except ScheduleError as error:
             raise ScheduleError(f"job {name!r}: {error}") from error.__cause__
         self._jobs[name] = job
-        if self._engine is not None:
-            self._engine.registered(job)
+        engine = self._going_engine()
+        if engine is not None:
+            engine.registered(job)
         return job
 
     def _plan(self, function: Factory) -> _Plan:
@@ -4034,8 +4035,9 @@ class Registry:
                 f"job {name!r}: not registered; the registered ones are: {', '.join(self._jobs) or 'none'}"
             )
         self._plans.pop(id(job.function), None)
-        if self._engine is not None:
-            self._engine.unregistered(job)
+        engine = self._going_engine()
+        if engine is not None:
+            engine.unregistered(job)
 
     def _new_engine(
         self,
@@ -4064,11 +4066,16 @@ class Registry:
         return await self._going("find()").find(id)
 
     def _going(self, what: str) -> _Engine:
-        if self._engine is None:
+        engine = self._going_engine()
+        if engine is None:
             raise BgjobError(f"{what} needs jobs that run: call it inside run() or `async with running():`")
-        if asyncio.get_running_loop() is not self._engine.loop:
+        if asyncio.get_running_loop() is not engine.loop:
             raise BgjobError(f"{what}: another event loop runs the jobs; use asyncio.run_coroutine_threadsafe")
-        return self._engine
+        return engine
+
+    def _going_engine(self) -> _Engine | None:
+        """The engine, unless somebody closed its loop under it."""
+        return None if self._engine is None or self._engine.loop.is_closed() else self._engine
 
     async def _submit(self, job: Job, payload: str, delay: int, at: int | None, key: str | None) -> Run:
         return await self._going(f"job {job.name!r}: submit()").submit(job, payload, delay, at, key)

@@ -2323,6 +2323,29 @@ class TestEdges:
 
         asyncio.run(main())
 
+    def test_loop_closed_in_the_middle(self) -> None:
+        """A loop that somebody closed under run() leaves a registry that can be used again, from threads too."""
+        registry, begun = Registry(), []
+        loop = asyncio.new_event_loop()
+        coroutine = registry.run()
+        task = loop.create_task(coroutine)
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+
+        @registry.job(after=0)
+        async def work() -> None:
+            begun.append(1)
+
+        async def main() -> None:
+            async with registry.running():
+                await asyncio.sleep(0.02)
+
+        asyncio.run(main())
+        assert begun == [1]
+        task._log_destroy_pending = False
+        with pytest.raises(RuntimeError):
+            coroutine.throw(GeneratorExit)
+
     def test_some_jobs(self) -> None:
         """With `jobs` only those are executed, of the ones that are registered later too; submitting another says so."""
         registry, begun = Registry(), []
