@@ -215,11 +215,11 @@ class _Clock:
     slice: float = _SLICE
     virtual = False
 
-    def __init__(self, mono: Callable[[], float]) -> None:
-        self.mono = mono
-
-    def wall(self) -> float:
-        return time.time()
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        # asyncio's own loops read time.monotonic; called without their detour, for every run asks three times.
+        plain = type(loop).time is asyncio.BaseEventLoop.time
+        self.mono: Callable[[], float] = time.monotonic if plain else loop.time
+        self.wall: Callable[[], float] = time.time
 
     def entropy(self) -> int:
         return int.from_bytes(os.urandom(8), "big")
@@ -235,12 +235,9 @@ class _VirtualClock(_Clock):
     slice = math.inf
     virtual = True
 
-    def __init__(self, mono: Callable[[], float], start: float) -> None:
-        super().__init__(mono)
-        self.start = start
-
-    def wall(self) -> float:
-        return self.start + self.mono()
+    def __init__(self, loop: asyncio.AbstractEventLoop, start: float) -> None:
+        super().__init__(loop)
+        self.wall = lambda: start + self.mono()
 
     def entropy(self) -> int:
         return 0
@@ -1615,7 +1612,7 @@ class _Engine:
         self._drain = drain
         self._on_event = on_event
         self._clock = clock
-        self._mono = clock.mono
+        self._mono, self._wall = clock.mono, clock.wall
         self._offset = clock.wall() - clock.mono()
         self._now = round(clock.wall() * 1000)
         self._thread = threading.get_ident()
@@ -1773,7 +1770,7 @@ class _Engine:
     # Wait
 
     def _read_clocks(self) -> None:
-        mono, wall = self._clock.mono(), self._clock.wall()
+        mono, wall = self._mono(), self._wall()
         step, self._offset = wall - mono - self._offset, wall - mono
         self._now = int(wall * 1000)
         if abs(step) > _JUMP:
@@ -2502,7 +2499,7 @@ class Registry:
             raise BgjobError(f"jobs={jobs!r}: write a list of names, [{jobs!r}]")
         if on_event is not None and not callable(on_event):
             raise BgjobError(f"on_event={on_event!r}: not callable; pass a function of one run")
-        return _Engine(self, jobs, _duration("drain", drain), on_event, _Clock(asyncio.get_running_loop().time))
+        return _Engine(self, jobs, _duration("drain", drain), on_event, _Clock(asyncio.get_running_loop()))
 
     async def find(self, id: str) -> Run | None:
         """The run with that id, or None. Without a store: an unfinished one, one of the last thousand that were
@@ -2610,7 +2607,7 @@ class Registry:
             if run.state not in (_SCHEDULED, _RUNNING):
                 ended.append(run)
 
-        engine = _Engine(self, None, 0, collect, _VirtualClock(asyncio.get_running_loop().time, begin))
+        engine = _Engine(self, None, 0, collect, _VirtualClock(asyncio.get_running_loop(), begin))
         await engine.open()
         limit = asyncio.timeout(span + _MOMENT)
         try:
