@@ -1714,6 +1714,7 @@ class _Engine:
         """Drain, and leave nothing behind. A cancel that comes meanwhile ends the wait, and is raised at the end."""
         self._closing = True
         self.loop.call_soon(self._check_entered)
+        self._armed = -math.inf  # no timer is early enough any more
         if self._timer is not None:
             self._timer.cancel()
         cancelled: asyncio.CancelledError | None = None
@@ -1819,7 +1820,7 @@ class _Engine:
             when = min(self._heap[0][0], self._now + self._clock.slice) / 1000 - self._offset
         else:
             return
-        if when < self._armed and not self._closing:
+        if when < self._armed:
             if self._timer is not None:
                 self._timer.cancel()
             self._armed = when
@@ -1829,36 +1830,37 @@ class _Engine:
         self._timer, self._armed = None, math.inf
         try:
             self._read_clocks()
-            if self._heap and self._now < self._heap[0][0] <= self._now + _EARLY:
-                self._now = self._heap[0][0]
             if self._fresh:
                 self._check_entered()
             while self._freed:
                 self._refill(self._freed.pop(0))
-            self._admit(self._now)
+            self._admit()
         finally:  # else one bug would stop every job for good
             self._arm()
 
     # Admit
 
-    def _admit(self, now: int) -> None:
+    def _admit(self) -> None:
         """Hand out what is due, a batch at a time, so that neither the loop nor the processor's cache is flooded."""
-        heap = self._heap
-        for _ in range(_BATCH):
-            if not heap or heap[0][0] > now:
+        heap, now = self._heap, self._now
+        for admitted in range(_BATCH):
+            if not heap:
                 break
             due, seq, item = heap[0]
-            if type(item) is not _Lane:
+            if due > now:
+                if admitted or due > now + _EARLY:
+                    break
+                now = self._now = due
+            if isinstance(item, _Live):
                 heapq.heappop(heap)
-                self._ready(cast(_Live, item))
+                self._ready(item)
                 continue
-            every_one = item.spec.overlap == "all"
-            if every_one and item.unfinished >= item.limit:
+            if item.unfinished >= item.limit and item.spec.overlap == "all":
                 heapq.heappop(heap)
                 item.parked = due
                 continue
             following = next(item.ticks, None)
-            if following is not None and following <= now and not every_one:
+            if following is not None and following <= now and item.spec.overlap != "all":
                 due = item.catch_up(due, now)
                 following = next(item.ticks, None)
             if following is None:
@@ -1922,12 +1924,13 @@ class _Engine:
     # Execute
 
     def _start(self, run: _Live) -> None:
-        lane, spec = run.lane, run.lane.spec
+        lane = run.lane
+        spec = lane.spec
         late = self._now - run._at
         if spec.expires is not None and not run.attempt and late > spec.expires:
             self._end(run, _SKIPPED, f"expired: {_span(late)} late, expires={_span(spec.expires)}")
             return
-        if late > _LATE + spec.jitter and not run.call and not run.attempt:
+        if late > _LATE and late > _LATE + spec.jitter and not run.call and not run.attempt:
             _log.warning("%s starts %s late", run, _span(late))
         lane.busy += 1
         run.attempt += 1
@@ -1984,7 +1987,10 @@ class _Engine:
         if timer is not None:
             timer.cancel()
         run._took = self._mono() - begun
-        outcome = _SUCCESS if run.stop is None and error is None else _judge(run.stop, error, spec.timeout)
+        if error is None and run.stop is None:
+            self._finish(run, _SUCCESS)
+            return
+        outcome = _judge(run.stop, error, spec.timeout)
         if outcome.state is _FAILED:
             outcome = await self._after_failure(run, outcome)
         self._finish(run, outcome)
@@ -2091,13 +2097,16 @@ class _Engine:
 
     def _finish(self, run: _Live, outcome: _Outcome) -> None:
         """The end of an attempt: its slot is given back, exactly once, and its outcome recorded."""
-        if run not in self._live:  # given up at the end of a drain, and ended since
+        try:
+            del self._live[run]
+        except KeyError:  # given up at the end of a drain, and ended since
             return
-        del self._live[run]
         run.task = None
         lane = run.lane
         lane.busy -= 1
-        if outcome.state is _SCHEDULED:
+        if outcome is _SUCCESS:
+            self._end(run, _SUCCEEDED)
+        elif outcome.state is _SCHEDULED:
             self._again(run, outcome.delay)
         else:
             if outcome.error is not None:
@@ -2131,9 +2140,10 @@ class _Engine:
         if run.call:
             del self._calls[run.id]
         else:
-            run.lane.unfinished -= 1
-            if run.lane.parked is not None:
-                self._free(run.lane)
+            lane = run.lane
+            lane.unfinished -= 1
+            if lane.parked is not None:
+                self._free(lane)
         if state is not _SUCCEEDED or _log.isEnabledFor(logging.INFO):
             _log_end(run)
         if self._on_event is not None:
