@@ -1625,7 +1625,7 @@ class _Engine:
         self._timer: asyncio.Handle | None = None
         self._armed = math.inf
         self._freed: list[_Lane] = []
-        self._fresh: list[_Live] = []
+        self._entering = 0  # tasks that may not have taken their first step yet
         self._live: dict[_Live, None] = {}
         self._calls: dict[str, _Live] = {}
         self._past = _Past()
@@ -1771,8 +1771,11 @@ class _Engine:
     # Wait
 
     def _read_clocks(self) -> None:
-        mono, wall = self._mono(), self._wall()
-        step, self._offset = wall - mono - self._offset, wall - mono
+        read_mono, read_wall = self._mono, self._wall
+        wall = read_wall()
+        offset = wall - read_mono()
+        step = offset - self._offset
+        self._offset = offset
         self._now = int(wall * 1000)
         if abs(step) > _JUMP:
             self._jumped(round(step * 1000))
@@ -1830,7 +1833,7 @@ class _Engine:
         self._timer, self._armed = None, math.inf
         try:
             self._read_clocks()
-            if self._fresh:
+            if self._entering:
                 self._check_entered()
             while self._freed:
                 self._refill(self._freed.pop(0))
@@ -1935,6 +1938,7 @@ class _Engine:
         lane.busy += 1
         run.attempt += 1
         self._live[run] = None
+        self._entering += 1
         attempt = self._attempt(run, spec)
         try:
             run.task = self.loop.create_task(attempt, name=spec.name)
@@ -1942,7 +1946,6 @@ class _Engine:
             attempt.close()
             self._finish(run, _Outcome(_FAILED, error))
             return
-        self._fresh.append(run)
         if run.done is not None:
             self.loop.call_soon(self._check_entered)
         if run.stop is not None and run.state is _RUNNING:
@@ -1954,21 +1957,25 @@ class _Engine:
         # Somebody cancels all tasks between our create_task and their first step: such a task never enters its
         # coroutine, so nothing in there could give the slot back. Looked for before slots are wanted and while
         # somebody waits for a run; a done-callback on every task would cost as much as the rest of the start.
-        fresh, self._fresh = self._fresh, []
-        for run in fresh:
-            if run.state is not _SCHEDULED or run not in self._live or run.task is None:
+        if not self._entering:
+            return
+        self._entering = 0
+        for run in list(self._live):
+            if run.state is not _SCHEDULED or run.task is None:
                 continue
             if run.task.done():
                 self._finish(run, _Outcome(_FAILED, asyncio.CancelledError("cancelled before its first step")))
             else:
-                self._fresh.append(run)
+                self._entering += 1
 
     async def _attempt(self, run: _Live, spec: _Spec) -> None:
         """One attempt, from its first step to its settlement."""
+        self._entering -= 1
         _current.set(run)
         error: BaseException | None = None
         timer = None
-        begun = self._mono()
+        clock = self._mono
+        begun = clock()
         try:
             if run.stop is None:  # else cancelled between create_task and this first step
                 run.state, run._started, run._took = _RUNNING, begun + self._offset, None
@@ -1986,7 +1993,7 @@ class _Engine:
             error = raised
         if timer is not None:
             timer.cancel()
-        run._took = self._mono() - begun
+        run._took = clock() - begun
         if error is None and run.stop is None:
             self._finish(run, _SUCCESS)
             return
