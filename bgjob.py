@@ -738,21 +738,41 @@ class Run(Generic[R_co]):
         reason: why the run was cancelled, skipped or cut short, else None.
     """
 
-    attempt: int = 0
-    state: State = _SCHEDULED
-    args: tuple[object, ...] = ()
-    key: str | None = None
-    error: str | None = None
-    reason: str | None = None
-    _id: str | None = None
-    _started: float | None = None  # wall seconds
-    _took: float | None = None  # s, by the monotonic clock
-    _value: object = None
-    _exception: BaseException | None = None
+    __slots__ = (
+        "__weakref__",
+        "_at",
+        "_exception",
+        "_id",
+        "_owner",
+        "_started",
+        "_took",
+        "_value",
+        "args",
+        "attempt",
+        "error",
+        "job",
+        "key",
+        "kwargs",
+        "reason",
+        "state",
+    )
+    key: str | None
+    error: str | None
+    reason: str | None
+    _id: str | None
+    _started: float | None  # wall seconds
+    _took: float | None  # s, by the monotonic clock
+    _value: object
+    _exception: BaseException | None
 
     def __init__(self, job: str, at: int, kwargs: Mapping[str, object], owner: _Owner) -> None:
         self.job = job
+        self.args: tuple[object, ...] = ()
         self.kwargs = kwargs
+        self.attempt = 0
+        self.state: State = _SCHEDULED
+        self.key = self.error = self.reason = None
+        self._id = self._started = self._took = self._value = self._exception = None
         self._at = at
         self._owner = owner
 
@@ -1554,18 +1574,17 @@ class _Lane:
 class _Live(Run[object]):
     """A run of this process: what the engine has to know of it beside its facts."""
 
-    call = False  # submitted, not a tick
-    elapsed = True  # its due time is a delay, so it moves along when the clock is set back; False for `at`
-    task: asyncio.Task[None] | None = None
-    stop: _Stop | None = None
-    done: asyncio.Event | None = None
+    __slots__ = ("call", "done", "elapsed", "lane", "stop", "task")
+    task: asyncio.Task[None] | None
+    stop: _Stop | None
+    done: asyncio.Event | None
 
     def __init__(self, lane: _Lane, at: int, kwargs: Mapping[str, object], owner: _Owner) -> None:
-        self.job = lane.spec.name
-        self.kwargs = kwargs
+        super().__init__(lane.spec.name, at, kwargs, owner)
         self.lane = lane
-        self._at = at
-        self._owner = owner
+        self.call = False  # submitted, not a tick
+        self.elapsed = True  # its due time is a delay, so it moves along when the clock is set back; False for `at`
+        self.task = self.stop = self.done = None
 
 
 class _Past:
