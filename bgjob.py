@@ -624,6 +624,7 @@ class _Every:
         return itertools.count(self.start + self.every * max(1, (after - self.start) // self.every + 1), self.every)
 
 
+_interval = functools.lru_cache(_Every)  # thousands of jobs have few different intervals
 _Schedule = _Every | _Cron
 
 
@@ -946,10 +947,10 @@ def _is_async(function: Factory) -> bool:
 class _Plan:
     """What a signature says of a function or factory; read once, for inspect is slow."""
 
-    __slots__ = ("accepted", "any_name", "function", "is_async", "needs", "required", "signature")
+    __slots__ = ("accepted", "any_name", "direct", "function", "is_async", "needs", "required", "signature")
 
     def __init__(self, function: Factory) -> None:
-        self.function = function
+        self.function = cast(Callable[..., Awaitable[object]], function)
         self.is_async = _is_async(function)
         self.signature = _signature(function)
         parameters = self.signature.parameters.values()
@@ -958,6 +959,7 @@ class _Plan:
         self.accepted = frozenset(p.name for p in named if p.kind is not p.POSITIONAL_ONLY)
         self.required = frozenset(p.name for p in named if p.default is p.empty)
         self.needs = {p.name: p.default for p in named if isinstance(p.default, _Dependency)}
+        self.direct = self.is_async and not self.needs  # called without a detour
 
 
 def _signature(function: Factory) -> inspect.Signature:
@@ -1106,11 +1108,8 @@ class _Spec:
         "after",
         "args",
         "delay",
-        "direct",
         "expires",
-        "function",
         "immediate",
-        "is_async",
         "jitter",
         "name",
         "on_crash",
@@ -1127,9 +1126,6 @@ class _Spec:
     def __init__(self, name: str, plan: _Plan, s: _Settings) -> None:
         self.name = name
         self.plan = plan
-        self.function = cast(Callable[..., Awaitable[object]], plan.function)
-        self.is_async = plan.is_async
-        self.direct = self.is_async and not plan.needs  # called without a detour
         self.schedule, self.after = _when(s)
         scheduled = self.schedule is not None or self.after is not None
         self.args = _scheduled_args(plan, s.args, scheduled)
@@ -1162,7 +1158,7 @@ def _when(s: _Settings) -> tuple[_Every | _Cron | None, int | None]:
     if s.cron is not None:
         return _Cron(s.cron, _zone("UTC" if s.tz is None else s.tz)), None
     if s.every is not None:
-        return _Every(_duration("every", s.every, 1)), None
+        return _interval(_duration("every", s.every, 1)), None
     return None, None if s.after is None else _duration("after", s.after)
 
 
@@ -1265,21 +1261,25 @@ class _Submitter(Protocol):
 
 
 class Job(Generic[P, C_co, R_co]):
-    """A registered function: call it, submit it, look at it, cancel it. `@job` makes it.
+    """A registered function: call it, submit it, look at it, cancel it. `@job` makes it."""
 
-    Attributes:
-        name: its identity in logs and stores.
-        function: what was decorated.
-    """
+    __slots__ = ("_registry", "_spec")
 
-    __slots__ = ("__wrapped__", "_registry", "_spec", "function", "name")
-
-    def __init__(self, function: Callable[P, C_co], spec: _Spec, registry: _Submitter) -> None:
-        self.name = spec.name
-        self.function = function
-        self.__wrapped__ = function  # so that inspect.signature and help see the function
+    def __init__(self, spec: _Spec, registry: _Submitter) -> None:
         self._spec = spec
         self._registry = registry
+
+    @property
+    def name(self) -> str:
+        """Its identity in logs and stores."""
+        return self._spec.name
+
+    @property
+    def function(self) -> Callable[P, C_co]:
+        """What was decorated."""
+        return cast(Callable[P, C_co], self._spec.plan.function)
+
+    __wrapped__ = function  # so that inspect.signature and help see the function
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> C_co:
         """Call the function as if it weren't a job, for tests and for reuse: no run, no retries, no log.
@@ -2002,7 +2002,8 @@ class _Engine:
                     self._emit(run)
                 if spec.timeout is not None:
                     timer = self.loop.call_later(spec.timeout / 1000, self._interrupt, run, _Stop.TIMEOUT)
-                run._value = await (spec.function(*run.args, **run.kwargs) if spec.direct else self._call(run, spec))
+                plan = spec.plan
+                run._value = await (plan.function(*run.args, **run.kwargs) if plan.direct else self._call(run, spec))
         except (KeyboardInterrupt, GeneratorExit):
             # Ctrl-C where nobody turned it into a cancellation, or a loop that was closed with us inside: no failure
             # of the job, and not ours to swallow.
@@ -2034,8 +2035,8 @@ class _Engine:
             try:
                 made = await _Resolver(stack, self._registry.overrides, self._app.get).fill(spec.plan.needs, given)
                 kwargs = {**run.kwargs, **made}
-                if spec.is_async:
-                    return await spec.function(*run.args, **kwargs)
+                if spec.plan.is_async:
+                    return await spec.plan.function(*run.args, **kwargs)
                 return await self._call_plain(run, spec, kwargs)
             except BaseException as error:
                 failure = error
@@ -2043,7 +2044,7 @@ class _Engine:
         raise failure  # a factory swallowed what was raised at its yield; the attempt has failed all the same
 
     async def _call_plain(self, run: _Live, spec: _Spec, kwargs: Mapping[str, object]) -> object:
-        call: Callable[[], object] = functools.partial(spec.function, *run.args, **kwargs)
+        call: Callable[[], object] = functools.partial(spec.plan.function, *run.args, **kwargs)
         if not self._clock.virtual:
             call = await self._thread_end(self._in_thread(call, spec.name))
         value = call()
@@ -2482,7 +2483,7 @@ class Registry:
         name = _job_name(function, settings.name)
         try:
             plan = plan or self._plan(function)
-            job: Job = Job(function, _Spec(name, plan, settings), self)
+            job: Job = Job(_Spec(name, plan, settings), self)
             self._refuse_taken(job)
         except ScheduleError as error:
             raise ScheduleError(f"job {name!r}: {error}") from error.__cause__
