@@ -1525,6 +1525,9 @@ def _judge(stop: _Stop | None, error: BaseException | None, timeout: int | None)
     return _Outcome(_CANCELLED, None, stop)
 
 
+_NO_TICKS: Iterator[int] = iter(())
+
+
 class _Lane:
     """One job in one engine: its ticks, its slots, and who waits for one."""
 
@@ -1533,7 +1536,7 @@ class _Lane:
     def __init__(self, spec: _Spec, seq: int) -> None:
         self.spec = spec
         self.seq = seq
-        self.ticks: Iterator[int] = iter(())  # those after the one that is in the heap
+        self.ticks: Iterator[int] | int = _NO_TICKS  # those after the one in the heap; the ms between them if even
         self.parked: int | None = None  # overlap="all": the next tick, not in the heap while there is no room for it
         self.busy = 0  # slots taken
         self.unfinished = 0  # ticks that run, wait, or will be retried
@@ -1545,12 +1548,16 @@ class _Lane:
         """The first tick of a job that starts now; `ticks` holds those after it."""
         spec = self.spec
         if isinstance(spec.schedule, _Every):
-            self.ticks = _Every(spec.schedule.every, now).ticks(now)
+            self.ticks = spec.schedule.every
         elif spec.schedule is not None:
             self.ticks = spec.schedule.ticks(now)
         elif spec.after is not None:
             self.ticks = iter((now + spec.after,))
-        return now if spec.immediate else next(self.ticks, None)
+        return now if spec.immediate else self.following(now)
+
+    def following(self, tick: int) -> int | None:
+        ticks = self.ticks
+        return tick + ticks if isinstance(ticks, int) else next(ticks, None)
 
     def grid(self, tick: int) -> _Every | _Cron:
         schedule = self.spec.schedule
@@ -1560,7 +1567,8 @@ class _Lane:
         """The newest tick up to now: computed, for a gap of a week costs no more than one of a minute."""
         grid = self.grid(due)
         newest = _newest(grid, due, now) or due
-        self.ticks = grid.ticks(newest)
+        if isinstance(grid, _Cron):
+            self.ticks = grid.ticks(newest)
         if not _log.isEnabledFor(logging.WARNING):
             return newest
         count = _count(grid, due, newest, _COUNTED)
@@ -1719,7 +1727,7 @@ class _Engine:
 
     def _retire(self, lane: _Lane) -> None:
         """End a schedule; the runs it has begun are left alone."""
-        lane.ticks, lane.parked = iter(()), None
+        lane.ticks, lane.parked = _NO_TICKS, None
         self._heap = [entry for entry in self._heap if entry[2] is not lane]
         heapq.heapify(self._heap)
 
@@ -1830,8 +1838,6 @@ class _Engine:
                 return due
             item.ticks = schedule.ticks(self._now)
             return next(item.ticks, None)
-        if schedule is not None:
-            item.ticks = _Every(schedule.every, due + step).ticks(due + step)
         return due + step
 
     def _arm(self) -> None:
@@ -1881,10 +1887,10 @@ class _Engine:
                 heapq.heappop(heap)
                 item.parked = due
                 continue
-            following = next(item.ticks, None)
+            following = item.following(due)
             if following is not None and following <= now and item.spec.overlap != "all":
                 due = item.catch_up(due, now)
-                following = next(item.ticks, None)
+                following = item.following(due)
             if following is None:
                 heapq.heappop(heap)
             else:
