@@ -223,11 +223,11 @@ class _Clock:
     slice: float = _SLICE
     virtual = False
 
-    def __init__(self, mono: Callable[[], float]) -> None:
-        self.mono = mono
-
-    def wall(self) -> float:
-        return time.time()
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        # asyncio's own loops read time.monotonic; called without their detour, for every run asks three times.
+        plain = type(loop).time is asyncio.BaseEventLoop.time
+        self.mono: Callable[[], float] = time.monotonic if plain else loop.time
+        self.wall: Callable[[], float] = time.time
 
     def entropy(self) -> int:
         return int.from_bytes(os.urandom(8), "big")
@@ -243,12 +243,9 @@ class _VirtualClock(_Clock):
     slice = math.inf
     virtual = True
 
-    def __init__(self, mono: Callable[[], float], start: float) -> None:
-        super().__init__(mono)
-        self.start = start
-
-    def wall(self) -> float:
-        return self.start + self.mono()
+    def __init__(self, loop: asyncio.AbstractEventLoop, start: float) -> None:
+        super().__init__(loop)
+        self.wall = lambda: start + self.mono()
 
     def entropy(self) -> int:
         return 0
@@ -636,6 +633,7 @@ class _Every:
         return itertools.count(self.start + self.every * max(1, (after - self.start) // self.every + 1), self.every)
 
 
+_interval = functools.lru_cache(_Every)  # thousands of jobs have few different intervals
 _Schedule = _Every | _Cron
 
 
@@ -762,23 +760,45 @@ class Run(Generic[R_co]):
         reason: why the run was cancelled, skipped or cut short, else None.
     """
 
-    attempt: int = 0
-    state: State = _SCHEDULED
-    args: tuple[object, ...] = ()
-    key: str | None = None
-    error: str | None = None
-    reason: str | None = None
-    _id: str | None = None
-    _started: float | None = None  # wall seconds
-    _took: float | None = None  # s, by the monotonic clock
-    _token = 0
-    _value: object = None
-    _exception: BaseException | None = None
-    _done: asyncio.Event | None = None
+    __slots__ = (
+        "__weakref__",
+        "_at",
+        "_done",
+        "_exception",
+        "_id",
+        "_owner",
+        "_started",
+        "_token",
+        "_took",
+        "_value",
+        "args",
+        "attempt",
+        "error",
+        "job",
+        "key",
+        "kwargs",
+        "reason",
+        "state",
+    )
+    key: str | None
+    error: str | None
+    reason: str | None
+    _id: str | None
+    _started: float | None  # wall seconds
+    _took: float | None  # s, by the monotonic clock
+    _value: object
+    _exception: BaseException | None
+    _done: asyncio.Event | None
 
     def __init__(self, job: str, at: int, kwargs: Mapping[str, object], owner: _Owner) -> None:
         self.job = job
+        self.args: tuple[object, ...] = ()
         self.kwargs = kwargs
+        self.attempt = 0
+        self.state: State = _SCHEDULED
+        self.key = self.error = self.reason = None
+        self._id = self._started = self._took = self._value = self._exception = self._done = None
+        self._token = 0
         self._at = at
         self._owner = owner
 
@@ -959,10 +979,21 @@ def _is_async(function: Factory) -> bool:
 class _Plan:
     """What a signature says of a function or factory; read once, for inspect is slow."""
 
-    __slots__ = ("accepted", "any_name", "function", "is_async", "least", "most", "needs", "required", "signature")
+    __slots__ = (
+        "accepted",
+        "any_name",
+        "direct",
+        "function",
+        "is_async",
+        "least",
+        "most",
+        "needs",
+        "required",
+        "signature",
+    )
 
     def __init__(self, function: Factory) -> None:
-        self.function: Factory = function
+        self.function: Callable[..., Awaitable[object]] = cast(Callable[..., Awaitable[object]], function)
         self.is_async: bool = _is_async(function)
         self.signature: inspect.Signature = _signature(function)
         parameters = self.signature.parameters.values()
@@ -971,6 +1002,7 @@ class _Plan:
         self.accepted: frozenset[str] = frozenset(p.name for p in named if p.kind is not p.POSITIONAL_ONLY)
         self.required: frozenset[str] = frozenset(p.name for p in named if p.default is p.empty)
         self.needs: dict[str, _Dependency] = {p.name: p.default for p in named if isinstance(p.default, _Dependency)}
+        self.direct: bool = self.is_async and not self.needs  # called without a detour
         by_place = [p for p in named if p.kind is not p.KEYWORD_ONLY]
         # Arguments without names fit from `least` on up to `most`.
         self.least: int = len(self.required) if self.required.issubset(p.name for p in by_place) else sys.maxsize
@@ -1125,11 +1157,8 @@ class _Spec:
         "after",
         "args",
         "delay",
-        "direct",
         "expires",
-        "function",
         "immediate",
-        "is_async",
         "jitter",
         "name",
         "on_crash",
@@ -1146,9 +1175,6 @@ class _Spec:
     def __init__(self, name: str, plan: _Plan, s: _Settings) -> None:
         self.name: str = name
         self.plan: _Plan = plan
-        self.function: Callable[..., Awaitable[object]] = cast(Callable[..., Awaitable[object]], plan.function)
-        self.is_async: bool = plan.is_async
-        self.direct: bool = self.is_async and not plan.needs  # called without a detour
         self.schedule: _Schedule | None
         self.after: int | None
         self.schedule, self.after = _when(s)
@@ -1184,7 +1210,7 @@ def _when(s: _Settings) -> tuple[_Every | _Cron | None, int | None]:
     if s.cron is not None:
         return _Cron(s.cron, _zone("UTC" if s.tz is None else s.tz)), None
     if s.every is not None:
-        return _Every(_duration("every", s.every, 1)), None
+        return _interval(_duration("every", s.every, 1)), None
     return None, None if s.after is None else _duration("after", s.after)
 
 
@@ -1288,21 +1314,25 @@ class _Submitter(Protocol):
 
 
 class Job(Generic[P, C_co, R_co]):
-    """A registered function: call it, submit it, look at it, cancel it. `@job` makes it.
+    """A registered function: call it, submit it, look at it, cancel it. `@job` makes it."""
 
-    Attributes:
-        name: its identity in logs and stores.
-        function: what was decorated.
-    """
+    __slots__ = ("_registry", "_spec")
 
-    __slots__ = ("__wrapped__", "_registry", "_spec", "function", "name")
-
-    def __init__(self, function: Callable[P, C_co], spec: _Spec, registry: _Submitter) -> None:
-        self.name: str = spec.name
-        self.function: Callable[P, C_co] = function
-        self.__wrapped__: Callable[P, C_co] = function  # so that inspect.signature and help see the function
+    def __init__(self, spec: _Spec, registry: _Submitter) -> None:
         self._spec = spec
         self._registry = registry
+
+    @property
+    def name(self) -> str:
+        """Its identity in logs and stores."""
+        return self._spec.name
+
+    @property
+    def function(self) -> Callable[P, C_co]:
+        """What was decorated."""
+        return cast(Callable[P, C_co], self._spec.plan.function)
+
+    __wrapped__ = function  # so that inspect.signature and help see the function
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> C_co:
         """Call the function as if it weren't a job, for tests and for reuse: no run, no retries, no log.
@@ -1715,7 +1745,7 @@ class _Lane:
     def __init__(self, spec: _Spec, seq: int) -> None:
         self.spec = spec
         self.seq = seq
-        self.ticks: Iterator[int] = iter(())  # those after the one that is in the heap
+        self.ticks: Iterator[int] | int | None = None  # those after the one in the heap; the ms between them if even
         self.parked: int | None = None  # overlap="all": the next tick, not in the heap while there is no room for it
         self.busy = 0  # slots taken
         self.unfinished = 0  # ticks that run, wait, or will be retried
@@ -1727,12 +1757,18 @@ class _Lane:
         """The first tick of a job that starts now; `ticks` holds those after it."""
         spec = self.spec
         if isinstance(spec.schedule, _Every):
-            self.ticks = _Every(spec.schedule.every, now).ticks(now)
+            self.ticks = spec.schedule.every
         elif spec.schedule is not None:
             self.ticks = spec.schedule.ticks(now)
         elif spec.after is not None:
             self.ticks = iter((now + spec.after,))
-        return now if spec.immediate else next(self.ticks, None)
+        return now if spec.immediate else self.following(now)
+
+    def following(self, tick: int) -> int | None:
+        ticks = self.ticks
+        if isinstance(ticks, int):
+            return tick + ticks
+        return None if ticks is None else next(ticks, None)
 
     def grid(self, tick: int) -> _Every | _Cron:
         """The schedule with `tick` as one of its ticks: an interval's begin one interval after its start."""
@@ -1745,7 +1781,8 @@ class _Lane:
         """The newest tick up to now: computed, for a gap of a week costs no more than one of a minute."""
         grid = self.grid(due)
         newest = _newest(grid, due, now) or due
-        self.ticks = grid.ticks(newest)
+        if isinstance(grid, _Cron):
+            self.ticks = grid.ticks(newest)
         _log_gap(self.spec.name, grid, due, newest)
         return newest
 
@@ -1762,22 +1799,30 @@ def _log_gap(job: str, grid: _Schedule, first: int, last: int) -> None:
 class _Live(Run[object]):
     """A run of this process: what the engine has to know of it beside its facts."""
 
-    call = False  # submitted, not a tick
-    elapsed = True  # its due time is a delay, so it moves along when the clock is set back; False for `at`
-    task: asyncio.Task[None] | None = None
-    stop: _Stop | None = None
-    stored = False  # in a shared store, not in this process alone
-    gone = False  # and another instance's by now
-    payload = ""  # of a call: its arguments, as they are stored
-    lost = 0  # claims that ended with their process
-    leased = 0.0  # monotonic time at which the claim or the last beat was asked for
+    __slots__ = ("call", "elapsed", "lane", "stop", "task")
+    task: asyncio.Task[None] | None
+    stop: _Stop | None
+    lost: int = 0  # claims that ended with their process: none, for without a store it is this one
 
     def __init__(self, lane: _Lane, at: int, kwargs: Mapping[str, object], owner: _Owner) -> None:
-        self.job = lane.spec.name
-        self.kwargs = kwargs
+        super().__init__(lane.spec.name, at, kwargs, owner)
         self.lane = lane
-        self._at = at
-        self._owner = owner
+        self.call = False  # submitted, not a tick
+        self.elapsed = True  # its due time is a delay, so it moves along when the clock is set back; False for `at`
+        self.task = self.stop = None
+
+
+class _Stored(_Live):
+    """A run that a shared store has: claimed by this process, or submitted by it."""
+
+    __slots__ = ("gone", "leased", "lost", "payload")
+
+    def __init__(self, lane: _Lane, at: int, kwargs: Mapping[str, object], owner: _Owner) -> None:
+        super().__init__(lane, at, kwargs, owner)
+        self.gone = False  # another instance's by now
+        self.leased = 0.0  # monotonic time at which the claim or the last beat was asked for
+        self.lost = 0  # claims that ended with their process
+        self.payload = ""  # of a call: its arguments, as they are stored
 
 
 _Entry: TypeAlias = tuple[int, int, _Lane | _Live]  # due, order of entering, what is due
@@ -1827,7 +1872,7 @@ class _Engine:
         self._drain = drain
         self._on_event = on_event
         self._clock = clock
-        self._mono = clock.mono
+        self._mono, self._wall = clock.mono, clock.wall
         self._offset: float = clock.wall() - clock.mono()
         self._now = round(clock.wall() * 1000)
         self._thread = threading.get_ident()
@@ -1841,7 +1886,7 @@ class _Engine:
         self._timer: asyncio.Handle | None = None
         self._armed = math.inf
         self._freed: list[_Lane] = []
-        self._fresh: list[_Live] = []
+        self._entering = 0  # tasks that may not have taken their first step yet
         self._live: dict[_Live, None] = {}
         self._calls: dict[str, _Live] = {}
         self._past = _Past()
@@ -1936,7 +1981,7 @@ class _Engine:
 
     def _retire(self, lane: _Lane) -> None:
         """End a schedule; the runs it has begun are left alone."""
-        lane.ticks, lane.parked = iter(()), None
+        lane.ticks = lane.parked = None
         self._retired.add(lane)
         self._heap[:] = [entry for entry in self._heap if entry[2] is not lane]  # in place: _admit may be at it
         heapq.heapify(self._heap)
@@ -1953,6 +1998,7 @@ class _Engine:
         """Drain, and leave nothing behind. A cancel that comes meanwhile ends the wait, and is raised at the end."""
         self._closing = True
         self.loop.call_soon(self._check_entered)
+        self._armed = -math.inf  # no timer is early enough any more
         if self._timer is not None:
             self._timer.cancel()
         cancelled: asyncio.CancelledError | None = None
@@ -2008,8 +2054,11 @@ class _Engine:
     # Wait
 
     def _read_clocks(self) -> None:
-        mono, wall = self._clock.mono(), self._clock.wall()
-        step, self._offset = wall - mono - self._offset, wall - mono
+        read_mono, read_wall = self._mono, self._wall
+        wall = read_wall()
+        offset = wall - read_mono()
+        step = offset - self._offset
+        self._offset = offset
         self._now = int(wall * 1000)
         if abs(step) > _JUMP:
             self._jumped(round(step * 1000))
@@ -2042,8 +2091,6 @@ class _Engine:
                 return due
             item.ticks = schedule.ticks(self._now)
             return next(item.ticks, None)
-        if schedule is not None:
-            item.ticks = _Every(schedule.every, due + step).ticks(due + step)
         return due + step
 
     def _arm(self) -> None:
@@ -2054,7 +2101,7 @@ class _Engine:
             when = min(self._heap[0][0], self._now + self._clock.slice) / 1000 - self._offset
         else:
             return
-        if when < self._armed and not self._closing:
+        if when < self._armed:
             if self._timer is not None:
                 self._timer.cancel()
             self._armed = when
@@ -2064,39 +2111,39 @@ class _Engine:
         self._timer, self._armed = None, math.inf
         try:
             self._read_clocks()
-            if self._heap and self._now < self._heap[0][0] <= self._now + _EARLY:
-                self._now = self._heap[0][0]
-            if self._fresh:
+            if self._entering:
                 self._check_entered()
             while self._freed:
                 self._refill(self._freed.pop(0))
-            self._admit(self._now)
+            self._admit()
         finally:  # else one bug would stop every job for good
             self._arm()
 
     # Admit
 
-    def _admit(self, now: int) -> None:
+    def _admit(self) -> None:
         """Hand out what is due, a batch at a time, so that neither the loop nor the processor's cache is flooded."""
-        heap = self._heap
-        for _ in range(_BATCH):
-            if not heap or heap[0][0] > now:
+        heap, now = self._heap, self._now
+        for admitted in range(_BATCH):
+            if not heap:
                 break
             due, seq, item = heap[0]
-            if type(item) is _Live:
+            if due > now:
+                if admitted or due > now + _EARLY:
+                    break
+                now = self._now = due
+            if isinstance(item, _Live):
                 heapq.heappop(heap)
                 self._ready(item)
                 continue
-            item = cast(_Lane, item)
-            every_one = item.spec.overlap == "all"
-            if every_one and item.unfinished >= item.limit:
+            if item.unfinished >= item.limit and item.spec.overlap == "all":
                 heapq.heappop(heap)
                 item.parked = due
                 continue
-            following = next(item.ticks, None)
-            if following is not None and following <= now and not every_one:
+            following = item.following(due)
+            if following is not None and following <= now and item.spec.overlap != "all":
                 due = item.catch_up(due, now)
-                following = next(item.ticks, None)
+                following = item.following(due)
             if following is None:
                 heapq.heappop(heap)
             else:
@@ -2147,7 +2194,7 @@ class _Engine:
         if run.lane.waiting is None:
             run.lane.waiting = OrderedDict()
         run.lane.waiting[run] = None
-        if self._fresh:
+        if self._entering:
             self.loop.call_soon(self._check_entered)
 
     def _refill(self, lane: _Lane) -> None:
@@ -2160,17 +2207,19 @@ class _Engine:
     # Execute
 
     def _start(self, run: _Live) -> None:
-        lane, spec = run.lane, run.lane.spec
+        lane = run.lane
+        spec = lane.spec
         late = self._now - run._at
         first = run._started is None
         if spec.expires is not None and first and late > spec.expires:
             self._end(run, _SKIPPED, f"expired: {_span(late)} late, expires={_span(spec.expires)}")
             return
-        if late > _LATE + spec.jitter and first and not run.call:
+        if late > _LATE and late > _LATE + spec.jitter and first and not run.call:
             _log.warning("%s starts %s late", run, _span(late))
         lane.busy += 1
         run.attempt += 1
         self._live[run] = None
+        self._entering += 1
         attempt = self._attempt(run, spec)
         try:
             run.task = self.loop.create_task(attempt, name=spec.name)
@@ -2178,7 +2227,6 @@ class _Engine:
             attempt.close()
             self._finish(run, _Outcome(_FAILED, error))
             return
-        self._fresh.append(run)
         if run._done is not None:
             self.loop.call_soon(self._check_entered)
         if run.stop is not None and run.state is _RUNNING:
@@ -2190,21 +2238,25 @@ class _Engine:
         # Somebody cancels all tasks between our create_task and their first step: such a task never enters its
         # coroutine, so nothing in there could give the slot back. Looked for before slots are wanted and while
         # somebody waits for a run; a done-callback on every task would cost as much as the rest of the start.
-        fresh, self._fresh = self._fresh, []
-        for run in fresh:
-            if run.state is not _SCHEDULED or run not in self._live or run.task is None:
+        if not self._entering:
+            return
+        self._entering = 0
+        for run in list(self._live):
+            if run.state is not _SCHEDULED or run.task is None:
                 continue
             if run.task.done():
                 self._finish(run, _judge(run.stop, asyncio.CancelledError("cancelled before its first step"), None))
             else:
-                self._fresh.append(run)
+                self._entering += 1
 
     async def _attempt(self, run: _Live, spec: _Spec) -> None:
         """One attempt, from its first step to its settlement."""
+        self._entering -= 1
         _current.set(run)
         error: BaseException | None = None
         timer = None
-        begun = self._mono()
+        clock = self._mono
+        begun = clock()
         try:
             if run.stop is None:  # else cancelled between create_task and this first step
                 run.state, run._started, run._took = _RUNNING, begun + self._offset, None
@@ -2212,7 +2264,8 @@ class _Engine:
                     self._emit(run)
                 if spec.timeout is not None:
                     timer = self.loop.call_later(spec.timeout / 1000, self._interrupt, run, _Stop.TIMEOUT)
-                run._value = await (spec.function(*run.args, **run.kwargs) if spec.direct else self._call(run, spec))
+                plan = spec.plan
+                run._value = await (plan.function(*run.args, **run.kwargs) if plan.direct else self._call(run, spec))
         except (KeyboardInterrupt, GeneratorExit):
             # Ctrl-C where nobody turned it into a cancellation, or a loop that was closed with us inside: no failure
             # of the job, and not ours to swallow.
@@ -2222,8 +2275,11 @@ class _Engine:
             error = raised
         if timer is not None:
             timer.cancel()
-        run._took = self._mono() - begun
-        outcome = _SUCCESS if run.stop is None and error is None else _judge(run.stop, error, spec.timeout)
+        run._took = clock() - begun
+        if error is None and run.stop is None:
+            self._finish(run, _SUCCESS)
+            return
+        outcome = _judge(run.stop, error, spec.timeout)
         if outcome.state is _FAILED:
             outcome = await self._after_failure(run, outcome)
         self._finish(run, outcome)
@@ -2241,8 +2297,8 @@ class _Engine:
             try:
                 made = await _Resolver(stack, self._registry.overrides, self._app.get).fill(spec.plan.needs, given)
                 kwargs = {**run.kwargs, **made}
-                if spec.is_async:
-                    return await spec.function(*run.args, **kwargs)
+                if spec.plan.is_async:
+                    return await spec.plan.function(*run.args, **kwargs)
                 return await self._call_plain(run, spec, kwargs)
             except BaseException as error:
                 failure = error
@@ -2250,7 +2306,7 @@ class _Engine:
         raise failure  # a factory swallowed what was raised at its yield; the attempt has failed all the same
 
     async def _call_plain(self, run: _Live, spec: _Spec, kwargs: Mapping[str, object]) -> object:
-        call: Callable[[], object] = functools.partial(spec.function, *run.args, **kwargs)
+        call: Callable[[], object] = functools.partial(spec.plan.function, *run.args, **kwargs)
         if not self._clock.virtual:
             call = await self._thread_end(self._in_thread(call, spec.name))
         value = call()
@@ -2332,13 +2388,16 @@ class _Engine:
 
     def _finish(self, run: _Live, outcome: _Outcome) -> None:
         """The end of an attempt: its slot is given back, exactly once, and its outcome recorded."""
-        if run not in self._live:  # given up at the end of a drain, and ended since
+        try:
+            del self._live[run]
+        except KeyError:  # given up at the end of a drain, and ended since
             return
-        del self._live[run]
         run.task = None
         lane = run.lane
         lane.busy -= 1
-        if outcome.state is _SCHEDULED:
+        if outcome is _SUCCESS:
+            self._end(run, _SUCCEEDED)
+        elif outcome.state is _SCHEDULED:
             self._again(run, outcome.delay)
         else:
             if outcome.error is not None:
@@ -2374,9 +2433,10 @@ class _Engine:
         if run.call:
             del self._calls[run.id]
         else:
-            run.lane.unfinished -= 1
-            if run.lane.parked is not None:
-                self._free(run.lane)
+            lane = run.lane
+            lane.unfinished -= 1
+            if lane.parked is not None:
+                self._free(lane)
         self._tell(run, state, reason)
         if run.call or state is not _SUCCEEDED:
             if run.key is not None:
@@ -2568,33 +2628,33 @@ _TRUST = 0.8  # of a lease, without a beat: then another instance may soon start
 class _SharedLane(_Lane):
     """A lane whose ticks are handed out by a store: it is in the heap, or in the pump's hands, or parked."""
 
-    __slots__ = ("at", "following", "missed", "walk")
+    __slots__ = ("at", "missed", "then", "walk")
 
     def __init__(self, spec: _Spec, seq: int) -> None:
         super().__init__(spec, seq)
         self.at: int = 0  # the next tick
-        self.following: int | None = None  # the one after it
+        self.then: int | None = None  # the one after it
         self.missed: int | None = None  # the first of those that came due together with it
         self.walk: Iterator[int] = iter(())  # those after that
 
     def move(self, last: int) -> bool:
         """Make the first tick after `last` the next one; False where there is none."""
-        if last != self.at or self.following is None:
+        if last != self.at or self.then is None:
             self.walk = cast(_Schedule, self.spec.schedule).ticks(last)
-            self.following = next(self.walk, None)
-        if self.following is None:
+            self.then = next(self.walk, None)
+        if self.then is None:
             return False
-        self.at, self.following = self.following, next(self.walk, None)
+        self.at, self.then = self.then, next(self.walk, None)
         return True
 
     def offer(self, now: int) -> Tick:
         """The tick to ask for: of several that are due the newest, or with overlap="all" the oldest."""
         spec = self.spec
         every_one = spec.overlap == "all"
-        if self.following is not None and self.following <= now and not every_one:
+        if self.then is not None and self.then <= now and not every_one:
             self.missed = self.at if self.missed is None else self.missed
             self.move((_newest(cast(_Schedule, spec.schedule), self.at, now) or self.at) - 1)
-        upto = spec.jitter if self.following is None else min(spec.jitter, self.following - self.at)
+        upto = spec.jitter if self.then is None else min(spec.jitter, self.then - self.at)
         delay = _spread(_tick_id(spec.name, self.at), upto) if upto else 0
         free = max(0, spec.parallelism - self.busy)
         return Tick(spec.name, self.at, delay, self.limit, every_one, free, spec.parallelism)
@@ -2603,7 +2663,7 @@ class _SharedLane(_Lane):
 class _Ended(NamedTuple):
     """The end of an attempt that the store has yet to learn."""
 
-    run: _Live
+    run: _Stored
     state: State
     reason: str | None
     delay: int = 0
@@ -2637,8 +2697,8 @@ class _Shared(_Engine):
         self._wanted: dict[_SharedLane, None] = {}  # a tick of theirs is due
         self._ended: list[_Ended] = []
         self._look: dict[_Lane, None] = {}  # may have due runs in the store
-        self._held: dict[str, _Live] = {}  # claimed, and not settled yet
-        self._handles: WeakValueDictionary[str, _Live] = WeakValueDictionary()
+        self._held: dict[str, _Stored] = {}  # claimed, and not settled yet
+        self._handles: WeakValueDictionary[str, _Stored] = WeakValueDictionary()
         self._next_due = 0
         self._poked = asyncio.Event()
         self._synced = self._ending = False
@@ -2698,7 +2758,8 @@ class _Shared(_Engine):
     async def _abandon_runs(self) -> None:
         """What would not stop keeps its lease, which then ends by itself; the pump tells the store all the rest."""
         for run in self._live:
-            run.gone = True
+            if isinstance(run, _Stored):
+                run.gone = True
         await super()._abandon_runs()
         self._ending = True
         self._poked.set()
@@ -2774,7 +2835,7 @@ class _Shared(_Engine):
 
     async def _exchange(self) -> None:
         """What there is to say to the store, each verb once for all."""
-        if self._fresh:
+        if self._entering:
             self._check_entered()
         if self._arrivals and not self._closing:
             await self._enlist()
@@ -2924,7 +2985,7 @@ class _Shared(_Engine):
         # A key may be another submission's by now; and an attempt whose lease was lost may still be ending here.
         if run is None or run in self._live or run.payload != claimed.args or run.state not in (_SCHEDULED, _RUNNING):
             run = self._handle(claimed.id, lane, claimed.at, claimed.call, claimed.args)
-        run.stored, run.gone, run.leased, run.lost = True, False, asked, claimed.lost
+        run.gone, run.leased, run.lost = False, asked, claimed.lost
         run.attempt, run._token, run.state = claimed.tries - 1, claimed.token, _SCHEDULED
         if claimed.token > 1:
             run._started = run._started or self._now / 1000  # judged by `expires` when it first started
@@ -2939,8 +3000,8 @@ class _Shared(_Engine):
         else:
             self._start(run)
 
-    def _handle(self, id: str, lane: _Lane, at: int, call: bool, payload: str) -> _Live:
-        run = _Live(lane, at, _NO_ARGS if call else lane.spec.args, self)
+    def _handle(self, id: str, lane: _Lane, at: int, call: bool, payload: str) -> _Stored:
+        run = _Stored(lane, at, _NO_ARGS if call else lane.spec.args, self)
         run._id, run.call = id, call
         if call:
             run.payload = payload
@@ -2957,13 +3018,13 @@ class _Shared(_Engine):
             self._interrupt(run, why)
 
     def _again(self, run: _Live, delay: int) -> None:
-        if run.stored:
+        if isinstance(run, _Stored):
             self._send(_Ended(run, _SCHEDULED, None, delay))
         else:
             super()._again(run, delay)
 
     def _end(self, run: _Live, state: State, reason: str | None = None) -> None:
-        if not run.stored:
+        if not isinstance(run, _Stored):
             super()._end(run, state, reason)
         elif run.gone:
             self._let_go(run, reason or _Stop.LEASE)
@@ -2996,18 +3057,18 @@ class _Shared(_Engine):
             else:
                 self._tell(run, end.state, end.reason)
 
-    def _let_go(self, run: _Live, reason: str) -> None:
+    def _let_go(self, run: _Stored, reason: str) -> None:
         """The run is another instance's, or will be when its lease ends; what happened here doesn't count."""
         self._held.pop(run.id, None)
         _log.warning("%s: %s; its attempt %d here does not count", run, reason, run.attempt)
         self._put_back(run, reason)
 
-    def _handed_back(self, run: _Live, reason: str) -> None:
+    def _handed_back(self, run: _Stored, reason: str) -> None:
         _log.info("%s handed back: %s", run, reason)
         run.attempt -= 1
         self._put_back(run, reason)
 
-    def _put_back(self, run: _Live, reason: str) -> None:
+    def _put_back(self, run: _Stored, reason: str) -> None:
         run.state, run.reason, run.stop = _SCHEDULED, reason, None
         self._emit(run)
         if run._done is not None:
@@ -3091,14 +3152,13 @@ class _Shared(_Engine):
 
     def _submitted(self, job: Job, call: Call, lane: _Lane | None, at: int) -> Run:
         run = self._handle(call.id, lane or _Lane(job._spec, 0), at, True, call.args)
-        run.stored = True
         self._handles[call.id] = run
         if lane is not None:
             self._expect(lane, at)
         return run
 
     async def cancel(self, run: Run) -> bool:
-        if isinstance(run, _Live) and not run.stored:
+        if isinstance(run, _Live) and not isinstance(run, _Stored):
             return self._cancel(run)
         if run.state not in (_SCHEDULED, _RUNNING):
             return False
@@ -3109,7 +3169,7 @@ class _Shared(_Engine):
     async def cancel_all(self, job: Job) -> int:
         found = await self._insist(f"job {job.name!r}: cancel()", lambda: self._store.cancel(job.name))
         self._cancelled(job.name, found)
-        own = [run for run in self._unfinished() if run.job == job.name and not run.stored]
+        own = [run for run in self._unfinished() if run.job == job.name and not isinstance(run, _Stored)]
         return len(found) + sum(map(self._cancel, own))
 
     def _cancelled(self, job: str, found: Mapping[str, Cancelled], asked: Run | None = None) -> None:
@@ -3124,7 +3184,7 @@ class _Shared(_Engine):
                 self._tell(run, _CANCELLED, _Stop.CANCEL)
 
     async def ended(self, run: Run, timeout: float | None) -> None:
-        if isinstance(run, _Live) and not run.stored:
+        if isinstance(run, _Live) and not isinstance(run, _Stored):
             await super().ended(run, timeout)
             return
         try:
@@ -3996,7 +4056,7 @@ class Registry:
         name = _job_name(function, settings.name)
         try:
             plan = plan or self._plan(function)
-            job: Job = Job(function, _Spec(name, plan, settings), self)
+            job: Job = Job(_Spec(name, plan, settings), self)
             self._refuse_taken(job)
         except ScheduleError as error:
             raise ScheduleError(f"job {name!r}: {error}") from error.__cause__
@@ -4050,7 +4110,7 @@ class Registry:
             raise BgjobError(f"jobs={jobs!r}: write a list of names, [{jobs!r}]")
         if on_event is not None and (not callable(on_event) or _is_async(on_event)):
             raise BgjobError(f"on_event={on_event!r}: not a plain function; pass one that takes the run")
-        clock = _Clock(asyncio.get_running_loop().time)
+        clock = _Clock(asyncio.get_running_loop())
         if store is None:
             return _Engine(self, jobs, _duration("drain", drain), on_event, clock)
         return _Shared(self, jobs, _duration("drain", drain), on_event, clock, _store_of(store))
@@ -4174,7 +4234,7 @@ class Registry:
             if run.state not in (_SCHEDULED, _RUNNING):
                 ended.append(run)
 
-        engine = _Engine(self, None, 0, collect, _VirtualClock(asyncio.get_running_loop().time, begin))
+        engine = _Engine(self, None, 0, collect, _VirtualClock(asyncio.get_running_loop(), begin))
         await engine.open()
         limit = asyncio.timeout(span + _MOMENT)
         try:

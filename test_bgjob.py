@@ -935,7 +935,7 @@ def ended(runs: list[Run], state: State = State.SUCCEEDED) -> list[str]:
 @contextlib.asynccontextmanager
 async def driven(registry: Registry, on_event: object = None, drain: int = 0) -> AsyncIterator[bgjob._Engine]:
     """The jobs of a registry in a virtual loop, with what `simulate` has no parameter for."""
-    clock = bgjob._VirtualClock(asyncio.get_running_loop().time, START.timestamp())
+    clock = bgjob._VirtualClock(asyncio.get_running_loop(), START.timestamp())
     engine = bgjob._Engine(registry, None, drain, on_event, clock)
     await engine.open()
     try:
@@ -1794,8 +1794,10 @@ class Stepped(bgjob._VirtualClock):
     slice = 30_000
     step = 0.0
 
-    def wall(self) -> float:
-        return super().wall() + self.step
+    def __init__(self, loop: asyncio.AbstractEventLoop, start: float) -> None:
+        super().__init__(loop, start)
+        wall = self.wall
+        self.wall = lambda: wall() + self.step
 
 
 class TestClockSteps:
@@ -1829,7 +1831,7 @@ class TestClockSteps:
         registry.job(name="call")(noted)
 
         async def main() -> None:
-            clock = Stepped(asyncio.get_running_loop().time, START.timestamp())
+            clock = Stepped(asyncio.get_running_loop(), START.timestamp())
             engine = bgjob._Engine(registry, None, 0, None, clock)
             await engine.open()
             await asyncio.sleep(50)
@@ -1859,7 +1861,7 @@ class TestClockSteps:
             await asyncio.sleep(25)
 
         async def main() -> None:
-            clock = Stepped(asyncio.get_running_loop().time, START.timestamp())
+            clock = Stepped(asyncio.get_running_loop(), START.timestamp())
             engine = bgjob._Engine(registry, None, 0, None, clock)
             await engine.open()
             await asyncio.sleep(22)
@@ -1919,7 +1921,7 @@ class TestEdges:
             async with driven(registry) as engine:
                 admit = engine._admit
 
-                def once(now: int) -> None:
+                def once() -> None:
                     engine._admit = admit
                     raise RuntimeError
 

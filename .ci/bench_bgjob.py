@@ -22,21 +22,20 @@ class Adapter(Base):
 
         logging.getLogger("bgjob").setLevel(logging.CRITICAL)
         self.registry = bgjob.Registry()
-        self.firsts = {}
+        self.firsts = []
 
     def add(self, fn, arg, period, first):
-        name = f"job{arg}"
-        self.registry.job(every=period, name=name, args={"arg": arg})(fn)
-        self.firsts[name] = due = round(first * 1000)
+        self.registry.job(every=period, name=f"job{arg}", args={"arg": arg})(fn)
+        due = round(first * 1000)
+        self.firsts.append(due)
         return due / 1000
 
     async def start(self):
         self.context = self.registry.running()
         await self.context.__aenter__()
         engine = self.registry._engine
-        for lane in engine._lanes.values():
-            lane.ticks = lane.grid(self.firsts[lane.spec.name]).ticks(self.firsts[lane.spec.name])
-        engine._heap = [(self.firsts[lane.spec.name], lane.seq, lane) for lane in engine._lanes.values()]
+        for n, (lane, due) in enumerate(zip(engine._lanes.values(), self.firsts, strict=True)):
+            engine._heap[n] = due, lane.seq, lane  # one by one, or the memory of a second heap would be counted
         heapq.heapify(engine._heap)
         self.firsts.clear()
         engine._armed = float("inf")
