@@ -7,6 +7,7 @@ import contextlib
 import functools
 import gc
 import importlib.metadata
+import itertools
 import logging
 import os
 import random
@@ -17,6 +18,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import zoneinfo
@@ -26,7 +28,7 @@ from contextvars import ContextVar
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlencode, urlsplit
 
 import pytest
@@ -2563,7 +2565,7 @@ def in_a_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
     @functools.wraps(test)
     def wrapper(*args: object, **kwargs: object) -> None:
         async def main() -> None:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(300 if "BGJOB_TEST_THOROUGH" in os.environ else 60):
                 await test(*args, **kwargs)
             assert asyncio.all_tasks() == {asyncio.current_task()}
 
@@ -3727,6 +3729,464 @@ class TestTypes:
         row = await store.find("one")
         await store.close()
         assert (row.state, row.reason, row.error) == (State.CANCELLED, "cancelled on request", "E")
+
+
+THOROUGH = "BGJOB_TEST_THOROUGH" in os.environ
+
+WORKER = """
+import asyncio, logging, os, random, signal, sys, time
+import bgjob
+from bgjob import current_run, job
+
+log = os.open(os.environ["LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+logging.basicConfig(level=logging.WARNING)
+
+def note(what):
+    run = current_run()
+    line = f"{what} {run.id} {run.attempt} {run.token} {os.getpid()} {time.time_ns()}\\n"
+    os.write(log, line.encode())
+
+class noted:
+    def __enter__(self):
+        note("start")
+    def __exit__(self, kind, error, trace):
+        note("end" if kind is None else "cut" if kind is asyncio.CancelledError else "error")
+
+"""
+
+
+MAIN = """
+if __name__ == "__main__":
+    asyncio.run(bgjob.run(store=URL, drain=os.environ.get("DRAIN", "20s")))
+"""
+
+
+class Event(NamedTuple):
+    """A line of the log that workers append to."""
+
+    what: str
+    id: str
+    attempt: int
+    token: int
+    pid: int
+    at: int  # ns
+
+
+class Workers:
+    """Real processes that run jobs, a log that they append to, and who was killed when."""
+
+    def __init__(self, folder: Path, url: str, jobs: str) -> None:
+        self.url = url
+        self.log = folder / "log"
+        self.jobs = jobs
+        self.live: list[subprocess.Popen[bytes]] = []
+        self.killed: dict[int, int] = {}  # pid -> ns
+        self.stderr = folder / "stderr"
+        self.script = folder / "worker.py"
+        self.command = [str(self.script)]
+        self.script.write_text(f"{WORKER}URL = {url!r}\n{textwrap.dedent(jobs)}\n{MAIN}")
+
+    def start(self, number: int = 1, **environment: str) -> list[subprocess.Popen[bytes]]:
+        self.log.touch()
+        self.stderr.touch()
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "LOG": str(self.log), **environment}
+        with self.stderr.open("a") as stderr:
+            started = [subprocess.Popen([sys.executable, *self.command], env=env, cwd=self.script.parent, stdout=stderr,
+                                        stderr=stderr) for _ in range(number)]  # fmt: skip
+        self.live += started
+        return started
+
+    @property
+    def said(self) -> str:
+        return self.stderr.read_text()
+
+    def kill(self, worker: subprocess.Popen[bytes]) -> None:
+        worker.kill()
+        self._reap(worker)
+        self.killed[worker.pid] = time.time_ns()
+
+    def _reap(self, worker: subprocess.Popen[bytes]) -> None:
+        worker.wait(40)
+        self.live.remove(worker)
+
+    def stop(self) -> None:
+        """Stop gracefully what still lives."""
+        for worker in self.live:
+            worker.terminate()
+        for worker in [*self.live]:
+            self._reap(worker)
+            assert worker.returncode == 0, self.said
+
+    def events(self, *what: str) -> list[Event]:
+        lines = [line.split(" ") for line in self.log.read_text().splitlines()]
+        events = [Event(line[0], line[1], *map(int, line[2:])) for line in lines]
+        return [event for event in events if event.what in what or not what]
+
+    async def wait(self, what: str, number: int, patience: float = 60) -> list[Event]:
+        """Until there are so many events of a kind."""
+        async with asyncio.timeout(patience):
+            while len(events := self.events(what)) < number:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+            return events
+
+    def starts(self) -> dict[str, list[Event]]:
+        found: dict[str, list[Event]] = {}
+        for event in self.events("start"):
+            found.setdefault(event.id, []).append(event)
+        return found
+
+    def most(self) -> int:
+        """How many runs were alive at once, a killed process's until it was killed."""
+        opened, changes = {}, []
+        for event in self.events():
+            if event.what == "start":
+                opened[event.id, event.token] = event
+                changes.append((event.at, 1))
+            else:
+                del opened[event.id, event.token]
+                changes.append((event.at, -1))
+        changes += [(self.killed[event.pid], -1) for event in opened.values()]
+        return max(itertools.accumulate(change for _, change in sorted(changes)))
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for worker in [*self.live]:
+            worker.kill()
+            self._reap(worker)
+        if error[0] is not None:
+            print(self.said)
+
+
+@pytest.fixture
+def workers(place: SQLitePlace, tmp_path: Path) -> Iterator[Callable[..., Workers]]:
+    with contextlib.ExitStack() as stack:
+        yield lambda jobs, **options: stack.enter_context(Workers(tmp_path, place.url(**options), jobs))
+
+
+def tick_of(id: str) -> int:
+    return int(datetime.fromisoformat(id.partition("@")[2]).timestamp() * 1000 + 0.5)
+
+
+@asynccontextmanager
+async def client(workers: Workers) -> AsyncIterator[dict[str, Job]]:
+    """The workers' jobs, to submit them from here."""
+    registry = Registry()
+    names: dict[str, Any] = {"job": registry.job, "os": os, "asyncio": asyncio, "bgjob": bgjob}
+    exec(textwrap.dedent(workers.jobs), names)
+    async with registry.running(store=workers.url, jobs=[]):
+        yield {name: names[name] for name in registry.jobs}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+class TestProcesses:
+    """Faults, with real processes, real signals and an oracle that reads an append-only log."""
+
+    JOBS = """
+        @job
+        async def work(n=0, seconds=0.05):
+            with noted():
+                await asyncio.sleep(seconds)
+            return [n, os.getpid()]
+
+        @job(on_crash="drop")
+        async def once(n=0, seconds=0.05):
+            with noted():
+                await asyncio.sleep(seconds)
+            return [n, os.getpid()]
+    """
+
+    @in_a_loop
+    async def test_ticks(self, workers: Callable[..., Workers]) -> None:
+        """With four processes each tick starts on exactly one, none is missing and none is early."""
+        group = workers("""
+            @job(every="100ms", overlap="all", parallelism=4)
+            async def tick():
+                note("start")
+        """)
+        group.start(8 if THOROUGH else 4)
+        await group.wait("start", 600 if THOROUGH else 40, patience=120)
+        group.stop()
+        events = group.events()
+        ticks = [tick_of(event.id) for event in events]
+        assert sorted(ticks) == [*range(min(ticks), max(ticks) + 100, 100)]
+        assert all(event.at >= tick * 1_000_000 for event, tick in zip(events, ticks, strict=True))
+        assert len({event.pid for event in events}) > 1
+
+    @in_a_loop
+    async def test_kills(self, workers: Callable[..., Workers]) -> None:
+        """kill -9 at random: no run that was acknowledged is lost, none repeats without a kill or if it must not."""
+        group = workers(f"""{self.JOBS}
+        @job(every="200ms", overlap="all", parallelism=9)
+        async def tick():
+            with noted():
+                await asyncio.sleep(0.02)
+        """, lease="2s")  # fmt: skip
+        rng, runs = random.Random(0), []
+        group.start(3)
+        await group.wait("start", 1)
+        end = time.monotonic() + (30 if THOROUGH else 6)
+        async with client(group) as jobs:
+            while time.monotonic() < end:
+                for n in range(8):
+                    runs.append(await jobs[rng.choice(["work", "once"])].after(rng.random()).submit(n))
+                await asyncio.sleep(rng.random() * 0.2)
+                if rng.random() < 0.3:
+                    group.kill(rng.choice(group.live))
+                    group.start()
+            ends = await asyncio.gather(*[run.result(60) for run in runs], return_exceptions=True)
+        group.stop()
+        self.check_kills(group, runs, ends)
+
+    def check_kills(self, group: Workers, runs: list[Run], ends: list[object]) -> None:
+        starts = group.starts()
+        assert len(group.killed) > 3
+        for run, end in zip(runs, ends, strict=True):
+            if isinstance(end, BaseException):
+                assert str(end) == f"run {run.id!r} failed: BgjobError: its process died"
+                assert run.job == "once"
+                assert {event.pid for event in starts.get(run.id, [])} <= group.killed.keys()
+            else:
+                assert starts[run.id][-1].pid == end[1]
+        for id, claims in starts.items():
+            for lost, again in itertools.pairwise(claims):
+                assert lost.at <= group.killed[lost.pid] <= again.at, (id, claims)
+                assert again.token == again.attempt > lost.attempt
+        assert all(len(starts.get(run.id, [])) <= 1 for run in runs if run.job == "once")
+        ticks = sorted(tick_of(id) for id in starts if id.startswith("tick"))
+        assert ticks == [*range(ticks[0], ticks[-1] + 200, 200)]
+
+    @in_a_loop
+    async def test_takeover(self, workers: Callable[..., Workers]) -> None:
+        """The run of a killed process starts elsewhere within its lease and a second, as the next attempt."""
+        group = workers(self.JOBS, lease="2s")
+        (first,) = group.start()
+        async with client(group) as jobs:
+            run = await jobs["work"].submit(1, 3)
+            await group.wait("start", 1)
+            (second,) = group.start()
+            await asyncio.sleep(1)
+            group.kill(first)
+            lost, again = await group.wait("start", 2)
+            assert await run.result(60) == [1, second.pid]
+        group.stop()
+        assert (lost.attempt, again.attempt, again.token) == (1, 2, 2)
+        assert (again.at - group.killed[first.pid]) / 1e9 < (3 if THOROUGH else 5)
+
+    @in_a_loop
+    async def test_frozen(self, workers: Callable[..., Workers]) -> None:
+        """A process frozen for longer than its lease is overtaken once; its run is cancelled, its result refused."""
+        group = workers(self.JOBS, lease="2s")
+        (first,) = group.start()
+        async with client(group) as jobs:
+            run = await jobs["work"].submit(1, 4)
+            await group.wait("start", 1)
+            (second,) = group.start()
+            first.send_signal(signal.SIGSTOP)
+            await group.wait("start", 2)
+            first.send_signal(signal.SIGCONT)
+            (cut,) = await group.wait("cut", 1)
+            assert await run.result(60) == [1, second.pid]
+            group.kill(second)
+            assert await (await jobs["work"].submit(2)).result(60) == [2, first.pid]
+        group.stop()
+        assert (cut.pid, cut.token) == (first.pid, 1)
+        assert [(event.pid, event.attempt) for event in group.starts()[run.id]] == [(first.pid, 1), (second.pid, 2)]
+        assert "its attempt 1 here does not count" in group.said
+
+    @in_a_loop
+    async def test_poison(self, workers: Callable[..., Workers]) -> None:
+        """A run that kills its process is given up after the fourth, whoever restarts them; others aren't harmed."""
+        group = workers(f"""{self.JOBS}
+        @job
+        async def poison():
+            note("start")
+            os.kill(os.getpid(), 9)
+        """, lease="1s")  # fmt: skip
+        async with client(group) as jobs:
+            run = await jobs["poison"].submit()
+            ending = asyncio.create_task(run.result(60))
+            while not ending.done():
+                for worker in group.live.copy():
+                    if worker.poll() is not None:
+                        group.kill(worker)
+                group.start(2 - len(group.live))
+                await asyncio.sleep(0.1)
+            with pytest.raises(RunFailed, match="BgjobError: its process died"):
+                await ending
+            assert (await (await jobs["work"].submit(1)).result(60))[0] == 1
+        group.stop()
+        assert [event.attempt for event in group.starts()[run.id]] == [1, 2, 3, 4]
+
+    @in_a_loop
+    @pytest.mark.parametrize("on_crash", ["rerun", "drop"])
+    async def test_killed_before_the_settle(self, workers: Callable[..., Workers], on_crash: str) -> None:
+        """Killed when the function has returned, but nobody knows: run again, or failed where it must not be."""
+        group = workers(f"""
+            @job(on_crash={on_crash!r})
+            async def work():
+                with noted():
+                    return os.getpid()
+
+            if os.environ.get("DIES"):
+                bgjob.SQLiteStore.settle = lambda *_: os.kill(os.getpid(), 9)
+        """, lease="1s")  # fmt: skip
+        (dying,) = group.start(DIES="1")
+        async with client(group) as jobs:
+            run = await jobs["work"].submit()
+            await group.wait("end", 1)
+            dying.wait(20)
+            (second,) = group.start()
+            if on_crash == "rerun":
+                assert await run.result(60) == second.pid
+            else:
+                with pytest.raises(RunFailed, match="BgjobError: its process died"):
+                    await run.result(60)
+        group.kill(dying)
+        group.stop()
+        assert len(group.events("end")) == (2 if on_crash == "rerun" else 1)
+
+    @in_a_loop
+    async def test_retries_and_kills(self, workers: Callable[..., Workers]) -> None:
+        """What its process takes along uses up no retry: with one retry a run may fail once, and be killed besides."""
+        group = workers("""
+            @job(retries=1, retry_delay=0)
+            async def work():
+                with noted():
+                    if current_run().attempt == 2:
+                        os.kill(os.getpid(), 9)
+                    raise ValueError(current_run().attempt)
+        """, lease="1s")  # fmt: skip
+        (first,) = group.start()
+        async with client(group) as jobs:
+            run = await jobs["work"].submit()
+            first.wait(20)
+            group.start()
+            with pytest.raises(RunFailed, match="ValueError: 3"):
+                await run.result(60)
+        group.kill(first)
+        group.stop()
+        assert [(event.what, event.attempt) for event in group.events()] == [
+            ("start", 1), ("error", 1), ("start", 2), ("start", 3), ("error", 3),
+        ]  # fmt: skip
+
+    @in_a_loop
+    async def test_blocked(self, tmp_path: Path, workers: Callable[..., Workers], place: SQLitePlace) -> None:
+        """A job that blocks its loop for longer than the lease isn't overtaken where a thread can beat."""
+        if not isinstance(place, SQLitePlace):
+            pytest.skip("only SQLite's beats come from a thread")
+        group = workers("""
+            @job
+            async def block():
+                with noted():
+                    time.sleep(3)
+                    await asyncio.sleep(0.1)
+                return os.getpid()
+        """, lease="1s")  # fmt: skip
+        (first,) = group.start()
+        async with client(group) as jobs:
+            run = await jobs["block"].submit()
+            await group.wait("start", 1)
+            group.start()
+            assert await run.result(60) == first.pid
+        group.stop()
+        assert [(event.what, event.token) for event in group.events()] == [("start", 1), ("end", 1)]
+
+    @in_a_loop
+    async def test_submitter_exits(self, workers: Callable[..., Workers]) -> None:
+        """Hundreds of delayed runs of a process that has gone: two others do each exactly once, a third reads them."""
+        number = 2000 if THOROUGH else 500
+        group = workers("""
+            @job(parallelism=50)
+            async def work(n):
+                with noted():
+                    return n * n
+        """)
+        async with client(group) as jobs:
+            ids = [(await jobs["work"].after(n % 10 / 10).submit(n)).id for n in range(number)]
+        group.start(2)
+        await group.wait("end", number)
+        group.stop()
+        async with client(group) as jobs:
+            found = [await jobs["work"]._registry.find(id) for id in ids]
+            assert [await run.result(20) for run in found] == [n * n for n in range(number)]
+        assert len(group.events("start")) == len(group.starts()) == number
+        assert len({event.pid for event in group.events()}) == 2
+
+    @in_a_loop
+    async def test_parallelism(self, workers: Callable[..., Workers]) -> None:
+        """Never more than three at once over four processes, whoever is killed; the slots of the dead come back."""
+        group = workers("""
+            @job(parallelism=3)
+            async def work(n):
+                with noted():
+                    await asyncio.sleep(0.1)
+        """, lease="1s")  # fmt: skip
+        rng = random.Random(1)
+        group.start(4)
+        async with client(group) as jobs:
+            runs = [await jobs["work"].submit(n) for n in range(300 if THOROUGH else 60)]
+            for _ in range(12 if THOROUGH else 3):
+                await group.wait("start", len(group.events("start")) + 5)
+                group.kill(rng.choice(group.live))
+                group.start()
+            await asyncio.gather(*[run.result(90) for run in runs])
+        group.stop()
+        assert group.most() == 3
+        assert {event.id for event in group.events("end")} == {run.id for run in runs}
+
+    @in_a_loop
+    async def test_rolling_stop(self, workers: Callable[..., Workers]) -> None:
+        """Stopped under load one after another: nothing is lost or counted, and each leaves soon after its drain."""
+        group = workers(self.JOBS)
+        group.start(2, DRAIN="200ms")
+        async with client(group) as jobs:
+            runs = [await jobs["work"].submit(n, 0.3) for n in range(200 if THOROUGH else 60)]
+            for _ in range(6 if THOROUGH else 3):
+                await group.wait("start", len(group.events("start")) + 10)
+                began = time.monotonic()
+                group.live[0].terminate()
+                group._reap(group.live[0])
+                assert time.monotonic() - began < (1.2 if THOROUGH else 4)
+                group.start(1, DRAIN="200ms")
+            values = await asyncio.gather(*[run.result(60) for run in runs])
+        group.stop()
+        assert [n for n, _ in values] == [*range(len(runs))]
+        assert len(group.events("end")) == len(runs)
+        assert group.events("cut") != []
+        assert {event.attempt for event in group.events()} == {1}
+        assert all([e.token for e in starts] == [*range(1, len(starts) + 1)] for starts in group.starts().values())
+
+    @in_a_loop
+    @pytest.mark.parametrize("server", ["uvicorn --workers 4 --port 0", "gunicorn -w 4 -b 127.0.0.1:0 --preload -k"])
+    async def test_web_workers(self, workers: Callable[..., Workers], server: str) -> None:
+        """In an application of four web workers, forked before or after the import, each tick runs on one of them."""
+        for module in ("fastapi", "uvicorn", server.split()[0]):
+            pytest.importorskip(module)
+        group = workers("""
+            from contextlib import asynccontextmanager
+            from fastapi import FastAPI
+
+            @job(every="100ms", overlap="all", parallelism=4)
+            async def tick():
+                note("start")
+
+            @asynccontextmanager
+            async def lifespan(app):
+                async with bgjob.running(store=URL):
+                    yield
+
+            app = FastAPI(lifespan=lifespan)
+        """)
+        worker_class = ["uvicorn.workers.UvicornWorker"] if server.endswith("-k") else []
+        group.command = ["-m", *server.split(), *worker_class, "worker:app"]
+        group.start()
+        await group.wait("start", 300 if THOROUGH else 20)
+        await until(lambda: len({event.pid for event in group.events()}) > 1)
+        group.stop()
+        ticks = sorted(tick_of(event.id) for event in group.events())
+        assert ticks == [*range(ticks[0], ticks[-1] + 100, 100)]
 
 
 class TestHouse:
