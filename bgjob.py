@@ -3283,6 +3283,7 @@ def _owner_name(entropy: int) -> str:
 # The stores. Statements stand on top, with the default prefix; the methods follow the order of `Store`. Before you add
 # one: it must pass the conformance tests against a real server in CI.
 
+_LOG = 16 << 20  # bytes of SQLite's log that are cut off
 _GLANCE = 2.0  # s between two looks whether other processes wrote to an SQLite file
 _VERB_LIMIT = 4.0  # s that one verb may take, or a quarter of the lease: less than whoever submits waits
 
@@ -3591,9 +3592,16 @@ class SQLiteStore:
         self._wrote()
 
     def _wrote(self) -> None:
+        """Have the log moved into the file: now and then, and when it has grown."""
         self._writes += 1
-        if self._writes % 200 == 0:
+        if self._writes % 200 == 0 or (self._writes % 10 == 0 and self._log_is_long()):
             self._stir.set()
+
+    def _log_is_long(self) -> bool:
+        try:
+            return os.stat(f"{self._file}-wal").st_size > _LOG
+        except OSError:
+            return False
 
     def _error(self, error: sqlite3.Error) -> StoreError:
         import sqlite3
@@ -3684,8 +3692,7 @@ class SQLiteStore:
                 db.execute("COMMIT")
                 self._beaten = asked
             # A passive one never blocks, but ends only where nobody writes: a log that has grown is cut off.
-            long = os.stat(f"{self._file}-wal").st_size > 16 << 20
-            db.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if long else 'PASSIVE'})")
+            db.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if self._log_is_long() else 'PASSIVE'})")
 
     # The verbs
 

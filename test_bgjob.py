@@ -18,6 +18,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -62,6 +63,7 @@ from bgjob import (
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MINUTE, HOUR, DAY = 60_000, 3_600_000, 86_400_000
+THOROUGH = "BGJOB_TEST_THOROUGH" in os.environ  # minutes where it else takes seconds
 
 
 def at(*parts: int, zone: str = "UTC", fold: int = 0) -> int:
@@ -2565,7 +2567,7 @@ def in_a_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
     @functools.wraps(test)
     def wrapper(*args: object, **kwargs: object) -> None:
         async def main() -> None:
-            async with asyncio.timeout(300 if "BGJOB_TEST_THOROUGH" in os.environ else 60):
+            async with asyncio.timeout(300 if THOROUGH else 60):
                 await test(*args, **kwargs)
             assert asyncio.all_tasks() == {asyncio.current_task()}
 
@@ -3447,6 +3449,49 @@ class TestConformance:
         assert told == [("work#k", 2, State.RUNNING, "failure 2")]
 
 
+async def fill(store: SQLiteStore, number: int) -> None:
+    """Runs of the far future, and as many that are due of a job that is blocked."""
+    await store._begin()
+    with store._transaction() as db:
+        for job, due in (("job", 1 << 50), ("blocked", 0)):
+            rows = ((f"{job} {n} of {number}", job, due + n) for n in range(number))
+            db.executemany("INSERT INTO bgjob_run(id, job, due, at, call) VALUES(?, ?, ?, 0, 1)", rows)
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A file system that is nearly full, and a file in it that may be removed."""
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mount isn't allowed")
+    try:
+        (folder / "ballast").write_bytes(bytes(48 << 20))
+        yield folder / "ballast"
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """Permissions say nothing to root."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+async def submit_until_refused(job: Job, runs: list[Run]) -> None:
+    for n in itertools.count():
+        runs.append(await job.submit([n, "x" * 20_000]))
+
+
 async def steps(store: SQLiteStore, verb: Awaitable[object]) -> int:
     """What SQLite does for a verb, counted: no clock tells it as well."""
     done: list[int] = []
@@ -3527,150 +3572,6 @@ class TestSQLite:
                 await job.submit(1)
         assert os.listdir(tmp_path) == []
 
-
-USER = '''
-"""What a user writes, under strict checkers: each type that comes back is the one meant, each mistake is seen."""
-
-import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
-from contextlib import asynccontextmanager
-from datetime import UTC, datetime
-from typing import assert_type
-
-from bgjob import BgjobError, Depends, Job, Registry, Run, State, current_run, job, run, running, simulate
-
-
-class Database:
-    async def fetch(self, query: str) -> list[str]:
-        return [query]
-
-
-async def database() -> AsyncIterator[Database]:
-    yield Database()
-
-
-async def token() -> str:
-    return "secret"
-
-
-def limit() -> int:
-    return 5
-
-
-def folder(depth: int = Depends(limit)) -> Iterator[str]:
-    yield "/tmp" * depth
-
-
-def alert(run: Run, error: BaseException) -> None:
-    print(run.id, run.late, error)
-
-
-@job(every="5m", retries=3, retry_delay=lambda retry: retry * 2, retry_on=(OSError, BgjobError), on_error=alert)
-async def sync(db: Database = Depends(database), secret: str = Depends(token)) -> int:
-    assert_type(db, Database)
-    assert_type(current_run(), Run)
-    return len(await db.fetch(secret))
-
-
-@job(cron="0 6 * * mon-fri", tz="Europe/Rome", args={"name": "daily"})
-@job(every=3600, name="hourly", args={"name": "hourly"}, overlap="queue", jitter=0.5)
-def report(name: str, path: str = Depends(folder), depth: int = Depends(limit, scope="app")) -> bytes:
-    assert_type(path, str)
-    assert_type(depth, int)
-    return (name + path).encode()
-
-
-@job
-async def send_mail(to: str, *, copies: int = 1) -> str:
-    return to * copies
-
-
-async def main() -> None:
-    async with running(drain=5, on_event=lambda run: print(run.state)) as registry:
-        assert_type(registry, Registry)
-        one = await send_mail.submit("a@b.c", copies=2)
-        assert_type(one, Run[str])
-        assert_type(await one.result(timeout="5s"), str)
-        assert_type((one.state, one.tick, one.duration), tuple[State, datetime, float | None])
-        later = await send_mail.after("5m", key="welcome").submit("a@b.c")
-        assert_type(later, Run[str])
-        assert_type(await (await send_mail.at(datetime.now(UTC)).submit("a@b.c")).result(), str)
-        assert_type(await (await sync.submit()).result(), int)
-        assert_type(await (await report.submit("x")).result(), bytes)
-        assert_type(await send_mail("a@b.c"), str)
-        assert_type(await asyncio.create_task(send_mail("a@b.c")), str)
-        assert_type(report("x", path="y", depth=3), bytes)
-        assert_type(send_mail.next_ticks(3), list[datetime])
-        assert_type(await registry.find(one.id), Run | None)
-        assert_type(await later.cancel(), bool)
-        assert_type(await sync.cancel(), int)
-        await send_mail.submit(5)  # type: ignore[arg-type]
-        await send_mail.submit()  # type: ignore[call-arg]
-        await send_mail.after("5m").submit("a", copy=2)  # type: ignore[call-arg]
-        job(evry="5m")  # type: ignore[call-overload]
-
-
-@asynccontextmanager
-async def lifespan(_: object) -> AsyncGenerator[None, None]:
-    async with running(jobs=["sync"]):
-        yield
-
-
-def test_simulated() -> None:
-    registry = Registry()
-
-    @registry.job(every="1h")
-    async def hourly() -> None: ...
-
-    registry.overrides[database] = Database
-    assert_type(hourly, Job[[], Coroutine[object, object, None], None])
-    assert_type(registry.simulate("2h", start=datetime(2026, 1, 1, tzinfo=UTC)), list[Run])
-    assert_type(simulate("1d", main=main), list[Run])
-
-
-if __name__ == "__main__":
-    asyncio.run(run())
-'''
-INSTALLED = Path(bgjob.__file__).name == "__init__.py"
-
-
-class TestTypes:
-    def check(self, folder: Path, *command: str) -> None:
-        """Run a checker beside the user's code: on the installed package, or on a copy of the file."""
-        pytest.importorskip(command[0], reason=f"{command[0]} isn't installed: pip install {command[0]}")
-        (folder / "user.py").write_text(USER)
-        (folder / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}')
-        if not INSTALLED:
-            shutil.copy(bgjob.__file__, folder)
-        path = os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"]))  # where pyright looks for Python
-        done = subprocess.run([sys.executable, "-m", *command], cwd=folder, env={**os.environ, "PATH": path},
-                              capture_output=True, text=True, check=False)  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    def test_mypy(self, tmp_path: Path) -> None:
-        """mypy --strict understands a user's code, with the package installed and with the file copied."""
-        self.check(tmp_path, "mypy", "--strict", "--cache-dir", os.devnull, ".")
-
-    def test_pyright(self, tmp_path: Path) -> None:
-        """pyright strict does too."""
-        self.check(tmp_path, "pyright")
-
-    @pytest.mark.skipif(not INSTALLED, reason="bgjob is not installed, but the file beside the tests")
-    def test_completeness(self, tmp_path: Path) -> None:
-        """Every public symbol of the installed package has a known type."""
-        self.check(tmp_path, "pyright", "--verifytypes", "bgjob", "--ignoreexternal")
-
-    @pytest.mark.skipif(not INSTALLED, reason="bgjob is not installed, but the file beside the tests")
-    def test_wheel(self) -> None:
-        """The wheel holds the one file, as a package with its marker, and needs croniter alone."""
-        files = [str(file) for file in importlib.metadata.files("bgjob") or ()]
-        assert sorted(file for file in files if not re.search(r"dist-info|__pycache__|^\.\.", file)) == [
-            "bgjob/__init__.py",
-            "bgjob/py.typed",
-        ]
-        needs = importlib.metadata.requires("bgjob") or []
-        assert [re.split(r"\W", need)[0] for need in needs if "extra ==" not in need] == ["croniter"]
-
     @in_a_loop
     async def test_stopped_in_an_outage(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Who stops during an outage tries once more at the end: what has ended is recorded if the file is free again."""
@@ -3730,8 +3631,190 @@ class TestTypes:
         await store.close()
         assert (row.state, row.reason, row.error) == (State.CANCELLED, "cancelled on request", "E")
 
+    @in_a_loop
+    async def test_locked_for_long(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A long lock is one outage of two lines: ticks keep their place, results wait, a submit is refused in time."""
+        monkeypatch.setattr(bgjob, "_VERB_LIMIT", 0.05)
+        monkeypatch.setattr(bgjob, "_PATIENCE", 0.5)
+        monkeypatch.setattr(bgjob, "_BACKOFF_LAST", 500)
+        work, ticks = Work(held=True), Work(name="ticks", every="100ms", overlap="all", parallelism=3)
+        (registry,), (job,) = instances(1, work)
+        ticks(registry)
+        async with going(f"sqlite:///{tmp_path / 'jobs.db'}", registry):
+            runs = [await job.submit(n) for n in range(10)]
+            await until(lambda: work.now == 10 and ticks.begun)
+            with locked(tmp_path / "jobs.db"):
+                work.release.set()
+                with pytest.raises(StoreError, match=r"job 'work': submit\(\): the store is unreachable for 0.5 s: "):
+                    await job.submit("refused")
+                await asyncio.sleep(20 if THOROUGH else 1)
+                begun = len(ticks.begun)
+            assert [await run.result(20) for run in runs] == [*range(10)]
+            await until(lambda: len(ticks.begun) > begun + 10)
+        assert ticks.ticks == [*range(ticks.ticks[0], ticks.ticks[-1] + 100, 100)]
+        assert (len(work.begun), {run.attempt for run in runs}) == (10, {1})
+        said = [text for text in caplog.messages if "store" in text]
+        assert re.fullmatch(r"store unreachable: SQLiteStore\(.*\): database is locked; retrying", said[0])
+        assert re.fullmatch(r"store back after [0-9.]+ s, 10 results settled", said[1])
+        assert len(said) == 2
 
-THOROUGH = "BGJOB_TEST_THOROUGH" in os.environ
+    @in_a_loop
+    async def test_full_disk(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A full disk refuses what it can't keep, and loses nothing that was acknowledged; with room it goes on."""
+        monkeypatch.setattr(bgjob, "_PATIENCE", 0.3)
+        monkeypatch.setattr(bgjob, "_BACKOFF_LAST", 500)
+        work, store = Work(held=True, parallelism=1000), SQLiteStore(tmp_path / "jobs.db")
+        (registry,), (job,) = instances(1, work)
+        async with going(store, registry):
+            pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+            store._db.execute(f"PRAGMA max_page_count = {pages + 500}")
+            runs: list[Run] = []
+            with pytest.raises(StoreError, match="the store is unreachable for 0.3 s: .*: database or disk is full"):
+                await submit_until_refused(job, runs)
+            assert len(runs) > 20
+            work.release.set()
+            await until(lambda: "disk is full; retrying" in caplog.text or len(work.ended) == len(runs))
+            store._db.execute("PRAGMA max_page_count = 100000")
+            for n, run in enumerate(runs):
+                assert await run.result(20) == [n, "x" * 20_000]
+            assert await (await job.submit("room")).result(20) == "room"
+        assert len(work.begun) == len(runs) + 1
+
+    @in_a_loop
+    @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a file system")
+    async def test_full_file_system(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The same where it isn't a limit of SQLite's but of the file system, log file and index included."""
+        monkeypatch.setattr(bgjob, "_PATIENCE", 0.3)
+        monkeypatch.setattr(bgjob, "_BACKOFF_LAST", 500)
+        work = Work(held=True, parallelism=5)
+        (registry,), (job,) = instances(1, work)
+        with small_disk(tmp_path / "small") as ballast:
+            async with going(f"sqlite:///{tmp_path / 'small/jobs.db'}", registry):
+                runs: list[Run] = []
+                with pytest.raises(StoreError, match="the store is unreachable for 0.3 s: .*(full|disk I/O error)"):
+                    await submit_until_refused(job, runs)
+                assert len(runs) > 20
+                work.release.set()
+                ballast.unlink()
+                for n, run in enumerate(runs):
+                    assert await run.result(20) == [n, "x" * 20_000]
+        assert len(work.begun) == len(runs)
+
+    @in_a_loop
+    async def test_deleted(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """Who deletes the file deletes its runs; two lines say so, ticks and submits go on in a new one."""
+        work = Work(every="50ms")
+        registries, (job, _) = instances(2, work)
+        async with going(f"sqlite:///{tmp_path / 'jobs.db'}", *registries):
+            await until(lambda: work.begun)
+            for file in tmp_path.iterdir():  # noqa: ASYNC240
+                file.unlink()
+            await until(lambda: caplog.text.count("store back after") == 2)
+            begun = len(work.begun)
+            await until(lambda: len(work.begun) > begun)
+            assert await (await job.submit(1)).result(20) == 1
+        assert caplog.text.count("store unreachable") == 2
+        assert re.search(r"the file was (deleted|replaced); begun anew; retrying", caplog.text)
+
+    @in_a_loop
+    async def test_unusable_files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What can't become a store by itself is refused at once, with the path and the reason."""
+        monkeypatch.setattr(bgjob, "_VERB_LIMIT", 0.05)
+        (tmp_path / "text").write_text("no database at all " * 100)
+        (tmp_path / "folder").mkdir()
+        (registry,), _ = instances(1, Work())
+        for path, reason in (
+            ("text", "file is not a database"),
+            ("folder", "unable to open database file; its folder must exist and be writable"),
+            ("missing/jobs.db", "unable to open database file; its folder must exist and be writable"),
+        ):
+            with pytest.raises(StoreError) as caught:
+                async with going(f"sqlite:///{tmp_path / path}", registry):
+                    pass
+            assert str(caught.value) == f"SQLiteStore({str(tmp_path / path)!r}): {reason}"
+            assert type(caught.value) is StoreError
+
+    @in_a_loop
+    @pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+    async def test_read_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A file that mustn't be written is refused at the start, and an outage that is said once if it comes later."""
+        (registry,), (job,) = instances(1, Work())
+        with tempfile.TemporaryDirectory() as folder:
+            url = f"sqlite:///{folder}/jobs.db"
+            async with going(url, registry):
+                assert await (await job.submit(1)).result(20) == 1
+            os.chmod(f"{folder}/jobs.db", 0o444)
+            os.chmod(folder, 0o555)
+            try:
+                with (
+                    nobody(),
+                    pytest.raises(StoreError, match=r"jobs.db'\): (unable to open|attempt to write a readonly)"),
+                ):
+                    async with going(url, registry):
+                        pass
+            finally:
+                os.chmod(folder, 0o755)
+
+    @in_a_loop
+    async def test_cost_beside_many(self, tmp_path: Path) -> None:
+        """100,000 future runs and 100,000 due ones of a blocked job don't slow a claim, a tick or an end."""
+        store, costs = SQLiteStore(tmp_path / "jobs.db"), []
+        await store.open("me", lambda: None)
+        await store.enlist({name: bgjob.Listing("", False, None) for name in ("job", "blocked")})
+        for number in (10, 100_000):
+            await fill(store, number)
+            await asyncio.sleep(0.01)  # a job that is new has no tick yet
+            costs.append([await steps(store, verb) for verb in self.verbs(store)])
+        await store.close()
+        assert all(many < 2 * few for few, many in zip(*costs, strict=True)), costs
+
+    def verbs(self, store: SQLiteStore) -> Iterator[Awaitable[object]]:
+        """What an instance does all day, with both jobs at hand and the blocked one at its limit."""
+        free = {"job": (5, 5), "blocked": (1, 0)}
+        now = int(time.time() * 1000)
+        yield store.push([bgjob.Call(f"call {now}", "job", None, 0, "")], False)
+        yield store.claim(free)
+        yield store.claim(free)
+        yield store.tick([bgjob.Tick("job", now, 0, 1, False, 1, 5)])
+        yield store.beat({f"call {now}": 1})
+        yield store.settle(
+            [bgjob.Settlement(f"call {now}", 1, "job", now, True, State.SUCCEEDED, 0, False, 1, *[None] * 3)]
+        )
+        yield store.settle(
+            [bgjob.Settlement(bgjob._tick_id("job", now), 1, "job", now, False, State.FAILED, 0, False, 1, *[None] * 3)]
+        )
+        yield store.find(f"call {now}")
+
+    @in_a_loop
+    async def test_size(self, tmp_path: Path) -> None:
+        """What is no longer kept leaves room: neither the file nor its log grows with the runs that have been."""
+        (registry,), (job,) = instances(1, Work(parallelism=100))
+        file, sizes = tmp_path / "jobs.db", []
+        async with going(SQLiteStore(file, keep="200ms"), registry):
+            for _ in range(5):
+                runs = [await job.submit("x" * 500) for _ in range(2500 if THOROUGH else 500)]
+                for run in runs:
+                    await run.result(20)
+                await asyncio.sleep(0.3)
+                sizes.append(file.stat().st_size)
+            (kept,) = registry._engine._store._db.execute("SELECT count(*) FROM bgjob_past").fetchone()
+        assert kept <= len(runs)
+        assert sizes[4] <= 1.2 * sizes[2], sizes
+
+    @in_a_loop
+    async def test_log_of_large_runs(self, tmp_path: Path) -> None:
+        """The log is cut off when it has grown, by however few runs."""
+        (registry,), (job,) = instances(1, Work())
+        log = tmp_path / "jobs.db-wal"
+        async with going(SQLiteStore(tmp_path / "jobs.db", lease="1h"), registry):
+            for _ in range(15):
+                await (await job.submit("x" * (1 << 19))).result(20)
+            await until(lambda: log.stat().st_size <= bgjob._LOG)
+
 
 WORKER = """
 import asyncio, logging, os, random, signal, sys, time
@@ -4187,6 +4270,150 @@ class TestProcesses:
         group.stop()
         ticks = sorted(tick_of(event.id) for event in group.events())
         assert ticks == [*range(ticks[0], ticks[-1] + 100, 100)]
+
+
+USER = '''
+"""What a user writes, under strict checkers: each type that comes back is the one meant, each mistake is seen."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import assert_type
+
+from bgjob import BgjobError, Depends, Job, Registry, Run, State, current_run, job, run, running, simulate
+
+
+class Database:
+    async def fetch(self, query: str) -> list[str]:
+        return [query]
+
+
+async def database() -> AsyncIterator[Database]:
+    yield Database()
+
+
+async def token() -> str:
+    return "secret"
+
+
+def limit() -> int:
+    return 5
+
+
+def folder(depth: int = Depends(limit)) -> Iterator[str]:
+    yield "/tmp" * depth
+
+
+def alert(run: Run, error: BaseException) -> None:
+    print(run.id, run.late, error)
+
+
+@job(every="5m", retries=3, retry_delay=lambda retry: retry * 2, retry_on=(OSError, BgjobError), on_error=alert)
+async def sync(db: Database = Depends(database), secret: str = Depends(token)) -> int:
+    assert_type(db, Database)
+    assert_type(current_run(), Run)
+    return len(await db.fetch(secret))
+
+
+@job(cron="0 6 * * mon-fri", tz="Europe/Rome", args={"name": "daily"})
+@job(every=3600, name="hourly", args={"name": "hourly"}, overlap="queue", jitter=0.5)
+def report(name: str, path: str = Depends(folder), depth: int = Depends(limit, scope="app")) -> bytes:
+    assert_type(path, str)
+    assert_type(depth, int)
+    return (name + path).encode()
+
+
+@job
+async def send_mail(to: str, *, copies: int = 1) -> str:
+    return to * copies
+
+
+async def main() -> None:
+    async with running(drain=5, on_event=lambda run: print(run.state)) as registry:
+        assert_type(registry, Registry)
+        one = await send_mail.submit("a@b.c", copies=2)
+        assert_type(one, Run[str])
+        assert_type(await one.result(timeout="5s"), str)
+        assert_type((one.state, one.tick, one.duration), tuple[State, datetime, float | None])
+        later = await send_mail.after("5m", key="welcome").submit("a@b.c")
+        assert_type(later, Run[str])
+        assert_type(await (await send_mail.at(datetime.now(UTC)).submit("a@b.c")).result(), str)
+        assert_type(await (await sync.submit()).result(), int)
+        assert_type(await (await report.submit("x")).result(), bytes)
+        assert_type(await send_mail("a@b.c"), str)
+        assert_type(await asyncio.create_task(send_mail("a@b.c")), str)
+        assert_type(report("x", path="y", depth=3), bytes)
+        assert_type(send_mail.next_ticks(3), list[datetime])
+        assert_type(await registry.find(one.id), Run | None)
+        assert_type(await later.cancel(), bool)
+        assert_type(await sync.cancel(), int)
+        await send_mail.submit(5)  # type: ignore[arg-type]
+        await send_mail.submit()  # type: ignore[call-arg]
+        await send_mail.after("5m").submit("a", copy=2)  # type: ignore[call-arg]
+        job(evry="5m")  # type: ignore[call-overload]
+
+
+@asynccontextmanager
+async def lifespan(_: object) -> AsyncGenerator[None, None]:
+    async with running(jobs=["sync"]):
+        yield
+
+
+def test_simulated() -> None:
+    registry = Registry()
+
+    @registry.job(every="1h")
+    async def hourly() -> None: ...
+
+    registry.overrides[database] = Database
+    assert_type(hourly, Job[[], Coroutine[object, object, None], None])
+    assert_type(registry.simulate("2h", start=datetime(2026, 1, 1, tzinfo=UTC)), list[Run])
+    assert_type(simulate("1d", main=main), list[Run])
+
+
+if __name__ == "__main__":
+    asyncio.run(run())
+'''
+INSTALLED = Path(bgjob.__file__).name == "__init__.py"
+
+
+class TestTypes:
+    def check(self, folder: Path, *command: str) -> None:
+        """Run a checker beside the user's code: on the installed package, or on a copy of the file."""
+        pytest.importorskip(command[0], reason=f"{command[0]} isn't installed: pip install {command[0]}")
+        (folder / "user.py").write_text(USER)
+        (folder / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}')
+        if not INSTALLED:
+            shutil.copy(bgjob.__file__, folder)
+        path = os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"]))  # where pyright looks for Python
+        done = subprocess.run([sys.executable, "-m", *command], cwd=folder, env={**os.environ, "PATH": path},
+                              capture_output=True, text=True, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def test_mypy(self, tmp_path: Path) -> None:
+        """mypy --strict understands a user's code, with the package installed and with the file copied."""
+        self.check(tmp_path, "mypy", "--strict", "--cache-dir", os.devnull, ".")
+
+    def test_pyright(self, tmp_path: Path) -> None:
+        """pyright strict does too."""
+        self.check(tmp_path, "pyright")
+
+    @pytest.mark.skipif(not INSTALLED, reason="bgjob is not installed, but the file beside the tests")
+    def test_completeness(self, tmp_path: Path) -> None:
+        """Every public symbol of the installed package has a known type."""
+        self.check(tmp_path, "pyright", "--verifytypes", "bgjob", "--ignoreexternal")
+
+    @pytest.mark.skipif(not INSTALLED, reason="bgjob is not installed, but the file beside the tests")
+    def test_wheel(self) -> None:
+        """The wheel holds the one file, as a package with its marker, and needs croniter alone."""
+        files = [str(file) for file in importlib.metadata.files("bgjob") or ()]
+        assert sorted(file for file in files if not re.search(r"dist-info|__pycache__|^\.\.", file)) == [
+            "bgjob/__init__.py",
+            "bgjob/py.typed",
+        ]
+        needs = importlib.metadata.requires("bgjob") or []
+        assert [re.split(r"\W", need)[0] for need in needs if "extra ==" not in need] == ["croniter"]
 
 
 class TestHouse:
