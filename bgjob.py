@@ -3089,6 +3089,10 @@ class _Shared(_Engine):
         asked = self._mono()
         trusted = (run.leased for run in held.values() if run.stop is not _Stop.LEASE)
         fence = min(trusted, default=asked) + self._lease * _TRUST - asked
+        if fence <= 0 and self._down_since is None:
+            fence = (
+                self._lease
+            )  # a job blocked this loop: a thread may have beaten, and if none has, the answer says so
         try:
             async with asyncio.timeout(max(0.01, min(self._lease / 4, fence))):
                 answers = await self._store.beat({id: run._token for id, run in held.items()})

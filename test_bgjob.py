@@ -3661,6 +3661,25 @@ class TestSQLite:
         assert len(said) == 2
 
     @in_a_loop
+    async def test_blocked_among_others(self, tmp_path: Path) -> None:
+        """A job that blocks its loop past the lease isn't cut for a lock that it meets when the loop is back."""
+        registry, starts = Registry(), []
+
+        @registry.job
+        async def block() -> None:
+            starts.append(1)
+            time.sleep(1.2)  # noqa: ASYNC251
+            other.execute("BEGIN IMMEDIATE")
+            threading.Timer(0.1, other.execute, ["COMMIT"]).start()
+            await asyncio.sleep(0.2)
+
+        async with going(SQLiteStore(tmp_path / "jobs.db", lease="1s"), registry):
+            other = sqlite3.connect(tmp_path / "jobs.db", isolation_level=None, check_same_thread=False)
+            await (await block.submit()).result(20)
+            other.close()
+        assert len(starts) == 1
+
+    @in_a_loop
     async def test_full_disk(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
