@@ -22,7 +22,7 @@ The map. A room uses only rooms above it; go to one by searching for its banner,
      8 Store         `Store`: what the engine needs of a store that several processes share
      9 Engine        one object per `run()`: wait, admit, execute, settle, drain
     9b Sharing       the same beside other instances, with a store between them
-    10 Adapters      `SQLiteStore`
+    10 Adapters      `SQLiteStore`, `PostgresStore`
     11 Registry      `Registry` and the default one, whose bound methods are `job`, `run`, `running`, `simulate`
 
 Durations are everywhere the same: seconds (int or float), a `timedelta`, or text such as "30s",
@@ -97,6 +97,7 @@ __all__ = [
     "BgjobError",
     "Depends",
     "Job",
+    "PostgresStore",
     "Registry",
     "Run",
     "RunCancelled",
@@ -116,6 +117,7 @@ __all__ = [
 Duration: TypeAlias = float | str | timedelta
 P = ParamSpec("P", default=...)
 T = TypeVar("T", default=object)
+A = TypeVar("A", default=object)
 R_co = TypeVar("R_co", covariant=True, default=object)  # what a job's function returns, awaited
 C_co = TypeVar("C_co", covariant=True, default=object)  # what calling it returns: a coroutine, or for a plain def R
 
@@ -3900,10 +3902,630 @@ class _Bell(asyncio.DatagramProtocol):
             self._hint()
 
 
+_POSTGRES_CONNECTIONS = 4  # of a process, beside the one for hints
+_POSTGRES_DEAF = 1000  # ms between two looks where hints don't arrive
+# SQLSTATEs: outages and whatever passes by itself; what is tried again at once (deadlock, serialization, a statement
+# that isn't prepared any more); a table that isn't there
+_POSTGRES_PASSING = ("08", "25", "40", "53", "55P03", "57", "58")
+_POSTGRES_AGAIN = ("40", "0A000", "26000")
+_POSTGRES_NO_TABLE = "42P01"
+
+# The server's clock. A plan can use an index up to the first, which stands still within a statement; the second moves
+# on while a statement waits for a lock, so that a lease that is set by it is never short.
+_POSTGRES_NOW = "floor(extract(epoch FROM statement_timestamp()) * 1000)::bigint"
+_POSTGRES_CLOCK = "floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
+
+_POSTGRES_SCHEMA = """
+CREATE TABLE IF NOT EXISTS bgjob_tick(
+  job TEXT PRIMARY KEY, last BIGINT NOT NULL, schedule TEXT NOT NULL, timeout BIGINT) WITH (fillfactor = 70);
+CREATE TABLE IF NOT EXISTS bgjob_run(
+  id TEXT PRIMARY KEY, job TEXT NOT NULL, due BIGINT NOT NULL, at BIGINT NOT NULL, call INTEGER NOT NULL,
+  args TEXT NOT NULL DEFAULT '', tries INTEGER NOT NULL DEFAULT 0, lost INTEGER NOT NULL DEFAULT 0,
+  token INTEGER NOT NULL DEFAULT 0, owner TEXT, since BIGINT, error TEXT, cancel INTEGER NOT NULL DEFAULT 0,
+  awaited INTEGER NOT NULL DEFAULT 0) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02);
+CREATE INDEX IF NOT EXISTS bgjob_due ON bgjob_run(job, due, id);
+CREATE INDEX IF NOT EXISTS bgjob_busy ON bgjob_run(job) WHERE owner IS NOT NULL;
+CREATE INDEX IF NOT EXISTS bgjob_ticks ON bgjob_run(job) WHERE call = 0;
+CREATE INDEX IF NOT EXISTS bgjob_flagged ON bgjob_run(owner) WHERE cancel = 1;
+CREATE TABLE IF NOT EXISTS bgjob_past(
+  id TEXT PRIMARY KEY, job TEXT NOT NULL, state TEXT NOT NULL, at BIGINT NOT NULL, args TEXT NOT NULL,
+  attempt INTEGER NOT NULL, token INTEGER NOT NULL, owner TEXT, since BIGINT, finished BIGINT NOT NULL, error TEXT,
+  reason TEXT, result TEXT);
+CREATE INDEX IF NOT EXISTS bgjob_past_finished ON bgjob_past(finished);
+"""
+
+_POSTGRES_ROW = f"""id, job, CASE WHEN owner IS NOT NULL AND due > {_POSTGRES_NOW} THEN 'running' ELSE 'scheduled' END,
+    at, due, args, tries, token, owner, since, NULL::bigint, error, NULL::text, NULL::text"""
+_POSTGRES_PAST = "id, job, state, at, finished, args, attempt, token, owner, since, finished, error, reason, result"
+_POSTGRES_REMEMBER = """INSERT INTO bgjob_past(id, job, state, at, args, attempt, token, owner, since, finished, error,
+        reason, result)"""
+_POSTGRES_REPLACE = """ON CONFLICT (id) DO UPDATE SET (job, state, at, args, attempt, token, owner, since, finished,
+        error, reason, result) = (excluded.job, excluded.state, excluded.at, excluded.args, excluded.attempt,
+        excluded.token, excluded.owner, excluded.since, excluded.finished, excluded.error, excluded.reason,
+        excluded.result)"""
+
+
+class _PostgresStatements(NamedTuple):
+    """A statement sees what was committed when it began. Hence limits are counted in another one than takes the locks,
+    and rows are locked in the order of their keys, before they are changed by `id = ANY(ARRAY(…))`, which is a seek."""
+
+    # a client that stops in the middle keeps its locks no longer than this
+    begin: str = """BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL idle_in_transaction_session_timeout = 1000;
+        SET LOCAL lock_timeout = 4000; SET LOCAL statement_timeout = 4000"""
+    # behind a pooler the process that answers isn't the one that the client was told of
+    server: str = "SELECT pg_backend_pid(), to_regclass('bgjob_past') IS NOT NULL"
+    missing: str = """SELECT name, right_to FROM unnest(ARRAY['bgjob_tick', 'bgjob_run', 'bgjob_past']) AS name,
+        unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS right_to
+        WHERE NOT has_table_privilege(name, right_to) LIMIT 1"""
+    listed: str = f"""SELECT {_POSTGRES_NOW}, t.job, t.last, t.schedule, t.timeout
+        FROM (VALUES (1)) AS one LEFT JOIN bgjob_tick t ON t.job = ANY($1::text[])"""
+    enlist: str = """WITH e AS MATERIALIZED (SELECT * FROM unnest($2::text[], $3::text[], $4::bigint[], $5::text[])
+            AS e(job, schedule, timeout, first)),
+        new AS (INSERT INTO bgjob_tick(job, last, schedule, timeout) SELECT job, $1, schedule, timeout FROM e
+            ORDER BY job ON CONFLICT DO NOTHING RETURNING job),
+        changed AS (UPDATE bgjob_tick t SET last = CASE WHEN t.schedule = e.schedule THEN t.last ELSE $1 END,
+            schedule = e.schedule, timeout = e.timeout FROM e
+            WHERE t.job = e.job AND (t.schedule, t.timeout) IS DISTINCT FROM (e.schedule, e.timeout))
+        INSERT INTO bgjob_run(id, job, due, at, call) SELECT first, job, $1, $1, 0 FROM new JOIN e USING (job)
+            WHERE first IS NOT NULL ON CONFLICT DO NOTHING"""
+    last: str = f"SELECT {_POSTGRES_NOW}, job, last FROM bgjob_tick WHERE job = ANY($1::text[])"
+    lock_ticks: str = """SELECT t.job FROM unnest($1::text[], $2::bigint[]) AS w(job, at)
+        JOIN bgjob_tick t ON t.job = w.job WHERE t.last < w.at ORDER BY t.job FOR NO KEY UPDATE OF t"""
+    # "due + 0" keeps the planner off bgjob_due: it would walk over all that waits
+    facts: str = f"""SELECT {_POSTGRES_NOW}, t.job, t.last,
+        (SELECT count(*) FROM bgjob_run r WHERE r.job = t.job AND r.call = 0),
+        (SELECT count(*) FROM bgjob_run r WHERE r.job = t.job AND r.owner IS NOT NULL AND r.due + 0 > {_POSTGRES_NOW}),
+        EXISTS(SELECT 1 FROM bgjob_run r WHERE r.job = t.job AND r.due <= {_POSTGRES_NOW})
+        FROM bgjob_tick t WHERE t.job = ANY($1::text[])"""
+    hand_out: str = f"""WITH w AS MATERIALIZED (SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[],
+            $4::bigint[], $5::int[]) AS w(id, job, at, due, started)),
+        t AS (UPDATE bgjob_tick t SET last = w.at FROM w WHERE t.job = w.job)
+        INSERT INTO bgjob_run(id, job, due, at, call, tries, token, owner, since)
+        SELECT id, job, CASE started WHEN 1 THEN {_POSTGRES_CLOCK} + $6::bigint ELSE due END, at, 0, started, started,
+            CASE started WHEN 1 THEN $7::text END, CASE started WHEN 1 THEN {_POSTGRES_CLOCK} END
+        FROM w WHERE due IS NOT NULL ON CONFLICT DO NOTHING RETURNING id"""
+    push: str = f"""WITH c AS MATERIALIZED (SELECT id, job, coalesce(at, {_POSTGRES_NOW} + delay) AS at, args, wake
+            FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::text[], $6::bool[])
+            AS c(id, job, at, delay, args, wake)),
+        new AS (INSERT INTO bgjob_run(id, job, due, at, call, args) SELECT id, job, at, at, 1, args FROM c
+            WHERE NOT EXISTS(SELECT 1 FROM bgjob_run r WHERE r.id = c.id) AND NOT EXISTS(SELECT 1 FROM bgjob_past p
+            WHERE p.id = c.id AND p.state IN ('succeeded', 'failed') AND p.finished > {_POSTGRES_NOW} - $7::bigint)
+            ORDER BY id ON CONFLICT DO NOTHING RETURNING id, at)
+        SELECT n.id, n.at, CASE WHEN c.wake AND n.at <= {_POSTGRES_NOW} + $8::bigint
+            THEN pg_notify('bgjob_wake', $9::text)::text END FROM new n JOIN c USING (id)"""
+    # two seeks a job: no job blocks another's head of line
+    heads: str = f"""SELECT {_POSTGRES_NOW}, array_agg(job) FILTER (WHERE is_due), min(later),
+        ARRAY(SELECT id FROM bgjob_run WHERE owner = $2 AND cancel = 1)
+        FROM (SELECT w.job, EXISTS(SELECT 1 FROM bgjob_run r WHERE r.job = w.job AND r.due <= {_POSTGRES_NOW}),
+            (SELECT r.due FROM bgjob_run r WHERE r.job = w.job AND r.due > {_POSTGRES_NOW} ORDER BY r.due LIMIT 1)
+            FROM unnest($1::text[]) AS w(job)) AS h(job, is_due, later)"""
+    lock_jobs: str = "SELECT job FROM bgjob_tick WHERE job = ANY($1::text[]) ORDER BY job FOR NO KEY UPDATE"
+    claim: str = f"""UPDATE bgjob_run SET owner = $4, due = {_POSTGRES_CLOCK} + $5::bigint, since = {_POSTGRES_CLOCK},
+        token = token + 1, tries = tries + 1, lost = lost + (owner IS NOT NULL)::int
+        WHERE id = ANY(ARRAY(SELECT p.id FROM unnest($1::text[], $2::int[], $3::int[]) AS w(job, free, parallelism),
+            LATERAL (SELECT id FROM bgjob_run WHERE job = w.job AND due <= {_POSTGRES_NOW} ORDER BY due, id
+            LIMIT greatest(0, least(w.free, w.parallelism - (SELECT count(*) FROM bgjob_run b
+                WHERE b.job = w.job AND b.owner IS NOT NULL AND b.due + 0 > {_POSTGRES_NOW})))
+            FOR UPDATE SKIP LOCKED) AS p))
+        RETURNING id, job, at, call = 1, args, tries, lost, token, cancel = 1"""
+    beat: str = f"""UPDATE bgjob_run SET due = {_POSTGRES_CLOCK} + $3::bigint WHERE id = ANY(ARRAY(
+            SELECT r.id FROM unnest($1::text[], $2::int[]) AS b(id, token) JOIN bgjob_run r
+            ON r.id = b.id AND r.token = b.token ORDER BY r.id FOR NO KEY UPDATE OF r))
+        RETURNING id, cancel = 1"""
+    settle: str = f"""WITH e AS MATERIALIZED (SELECT * FROM unnest($1::text[], $2::int[], $3::text[], $4::bigint[],
+            $5::bool[], $6::text[], $7::bigint[], $8::int[], $9::int[], $10::text[], $11::text[], $12::text[])
+            WITH ORDINALITY AS e(id, token, job, at, call, state, delay, back, attempt, error, reason, result, n)),
+        held AS MATERIALIZED (SELECT r.id, r.args, r.owner, r.since, r.awaited,
+            CASE WHEN e.state = 'scheduled' AND r.cancel = 1 THEN 'cancelled' ELSE e.state END AS state
+            FROM e JOIN bgjob_run r ON r.id = e.id AND r.token = e.token ORDER BY r.id FOR UPDATE OF r),
+        again AS (UPDATE bgjob_run r SET due = CASE e.back WHEN 1 THEN e.at ELSE {_POSTGRES_CLOCK} + e.delay END,
+            owner = NULL, tries = r.tries - e.back, error = e.error FROM e
+            WHERE e.id = r.id AND r.id = ANY(ARRAY(SELECT id FROM held WHERE state = 'scheduled'))),
+        finished AS (DELETE FROM bgjob_run WHERE id = ANY(ARRAY(SELECT id FROM held WHERE state <> 'scheduled'))),
+        kept AS ({_POSTGRES_REMEMBER} SELECT e.id, e.job, h.state, e.at, h.args, e.attempt, e.token, h.owner, h.since,
+            {_POSTGRES_CLOCK}, e.error, e.reason, e.result FROM e JOIN held h USING (id)
+            WHERE h.state <> 'scheduled' AND (e.call OR h.awaited = 1 OR h.state <> 'succeeded') {_POSTGRES_REPLACE}),
+        pruned AS (DELETE FROM bgjob_past WHERE id = ANY(ARRAY(SELECT id FROM bgjob_past
+            WHERE finished <= {_POSTGRES_NOW} - $13::bigint AND id <> ALL($1) ORDER BY finished
+            LIMIT 2 * cardinality($1) FOR UPDATE SKIP LOCKED)))
+        SELECT e.state, h.state, CASE WHEN h.awaited = 1 AND h.state <> 'scheduled'
+            THEN pg_notify('bgjob_wake', $14::text)::text END FROM e LEFT JOIN held h USING (id) ORDER BY e.n"""
+    # those that are flagged already and still run are left out of all pages but the first
+    page: str = f"""SELECT id FROM bgjob_run WHERE job = $1 AND ($2 OR cancel = 0 OR owner IS NULL
+        OR due <= {_POSTGRES_NOW}) LIMIT 1000"""
+    cancel: str = f"""WITH found AS MATERIALIZED (SELECT id, job, at, args, tries, token, owner, since, error,
+            owner IS NOT NULL AND due > {_POSTGRES_CLOCK} AS running
+            FROM bgjob_run WHERE job = $1 AND id = ANY($2::text[]) ORDER BY id FOR UPDATE),
+        signalled AS (UPDATE bgjob_run SET cancel = 1 WHERE id = ANY(ARRAY(SELECT id FROM found WHERE running))),
+        removed AS (DELETE FROM bgjob_run WHERE id = ANY(ARRAY(SELECT id FROM found WHERE NOT running))),
+        kept AS ({_POSTGRES_REMEMBER} SELECT id, job, 'cancelled', at, args, tries, token, owner, since,
+            {_POSTGRES_CLOCK}, error, $3::text, NULL FROM found WHERE NOT running {_POSTGRES_REPLACE})
+        SELECT id, running, at, pg_notify('bgjob_wake', $4::text)::text FROM found"""
+    find: str = f"""WITH watched AS (UPDATE bgjob_run SET awaited = 1 WHERE id = ANY(ARRAY(SELECT id FROM bgjob_run
+            WHERE id = ANY($2::text[]) AND awaited = 0 ORDER BY id FOR NO KEY UPDATE)))
+        SELECT {_POSTGRES_PAST} FROM bgjob_past WHERE id = ANY($1::text[])
+        UNION ALL SELECT {_POSTGRES_ROW} FROM bgjob_run WHERE id = ANY($1::text[])"""
+    now: str = f"SELECT {_POSTGRES_NOW}"
+    jobs: str = "SELECT job, last, schedule, timeout FROM bgjob_tick ORDER BY job"
+    running: str = f"""SELECT {_POSTGRES_ROW} FROM bgjob_run WHERE owner IS NOT NULL AND due + 0 > {_POSTGRES_NOW}
+        ORDER BY since"""
+    due: str = f"SELECT {_POSTGRES_ROW} FROM bgjob_run WHERE tries = 0 ORDER BY due, id LIMIT $1"
+    retrying: str = f"""SELECT {_POSTGRES_ROW} FROM bgjob_run WHERE tries > 0
+        AND (owner IS NULL OR due <= {_POSTGRES_NOW}) ORDER BY due, id LIMIT $1"""
+    failed: str = f"SELECT {_POSTGRES_PAST} FROM bgjob_past WHERE state = 'failed' ORDER BY finished DESC LIMIT $1"
+
+
+class _PostgresConnection(Protocol):
+    """What is used of asyncpg's connections; a pool's stand-ins have it as well."""
+
+    async def execute(self, query: str, /) -> object: ...
+    async def fetch(self, query: str, /, *args: object) -> list[Any]: ...
+    async def add_listener(self, channel: str, callback: Callable[..., object], /) -> None: ...
+    def add_termination_listener(self, callback: Callable[..., object], /) -> None: ...
+    def get_server_pid(self) -> int: ...
+    def is_closed(self) -> bool: ...
+    def terminate(self) -> None: ...
+
+
+class _PostgresPool(Protocol):
+    """What is used of an asyncpg pool."""
+
+    def acquire(self, *, timeout: Any = ...) -> Any: ...
+    async def release(self, connection: Any, /, *, timeout: Any = ...) -> Any: ...
+    def get_max_size(self) -> Any: ...
+
+
+class _Together(Generic[A, T]):
+    """Joins calls: while one is under way, those that come wait, and go as one. So many submits share few commits."""
+
+    def __init__(self, verb: Callable[[list[A]], Awaitable[Sequence[T]]]) -> None:
+        self._verb = verb
+        self._waiting: list[tuple[A, asyncio.Future[T]]] = []
+        self.task: asyncio.Task[None] | None = None
+
+    async def ask(self, item: A) -> T:
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._waiting.append((item, answer))
+        if self.task is None:
+            self.task = asyncio.create_task(self._work(), name="bgjob postgres")
+        return await answer
+
+    async def _work(self) -> None:
+        try:
+            while self._waiting:
+                going, self._waiting = self._waiting[:100], self._waiting[100:]
+                await self._go([(item, answer) for item, answer in going if not answer.done()])
+        finally:
+            self.task = None
+
+    async def _go(self, going: list[tuple[A, asyncio.Future[T]]]) -> None:
+        try:
+            answers = await self._verb([item for item, _ in going])
+        except Exception as error:
+            for _, answer in going:
+                if not answer.done():
+                    answer.set_exception(type(error)(*error.args))
+            return
+        for (_, answer), found in zip(going, answers, strict=True):
+            if not answer.done():
+                answer.set_result(found)
+
+
+class PostgresStore:
+    """A PostgreSQL database (12 or later) that the processes of many machines share; the server's clock decides.
+
+    A process has one connection for hints (LISTEN) and, as it needs them, up to four for all else. PgBouncer in
+    transaction mode is recognised: there, hints don't arrive, and what others submit is seen within a second.
+
+    Args:
+        url_or_pool: "postgresql://user:password@host:5432/database", where wanted with asyncpg's options, such as
+            "?sslmode=require"; or a ready asyncpg pool: it isn't closed, and one of its connections is kept for hints.
+        prefix: of the tables' names: two applications can share a database. Default: "bgjob".
+        lease: how long the runs of an instance that died stay its own; 10 s or more is wise. Default: 30 s.
+        keep: how long ends and results are kept, and keys taken. Default: a day.
+
+    Raises:
+        StoreError: the URL or the prefix is wrong; from `run()`: asyncpg is missing, or the server refuses the
+            password, the database or a right. A server that doesn't answer is an outage, at start too.
+        ScheduleError: a duration is wrong.
+    """
+
+    poll = 5000
+
+    def __init__(
+        self,
+        url_or_pool: str | _PostgresPool,
+        *,
+        prefix: str = "bgjob",
+        lease: Duration = "30s",
+        keep: Duration = "1d",
+    ) -> None:
+        self._url = url_or_pool if isinstance(url_or_pool, str) else None
+        self._pool = None if isinstance(url_or_pool, str) else url_or_pool
+        if self._url is not None and not self._url.startswith(("postgresql://", "postgres://")):
+            raise StoreError(f"{_no_password(self._url)!r}: write postgresql://user:password@host:5432/database")
+        self.lease = _lease(lease)
+        self.keep = _duration("keep", keep, 1)
+        self._prefix = _checked_prefix(prefix)
+        self._sql = _PostgresStatements(*_prefixed(_PostgresStatements(), prefix))
+        self._limit = min(_VERB_LIMIT, self.lease / 4000)
+        self._owner: str | None = None
+
+    def __repr__(self) -> str:
+        if self._url is None:
+            return "PostgresStore(pool)"
+        return f"PostgresStore({_no_password(self._url).partition('?')[0]!r})"
+
+    # Open and close
+
+    async def open(self, owner: str, hint: Callable[[], None]) -> None:
+        if self._owner is not None:
+            raise BgjobError(f"{self!r} is in use: one run() or running() per store object; make another")
+        driver = _driver("asyncpg", "postgres")
+        self._connect = cast("Callable[..., Awaitable[_PostgresConnection]]", driver.connect)
+        self._faults: tuple[type[Exception], ...] = (
+            driver.PostgresError, driver.InterfaceError, driver.InternalClientError, OSError,
+        )  # fmt: skip
+        self._owner, self._hint = owner, hint
+        self._loop = asyncio.get_running_loop()
+        self._ready = self._pooled = False
+        self._idle: list[_PostgresConnection] = []
+        self._busy: set[_PostgresConnection] = set()
+        self._room = asyncio.Semaphore(_POSTGRES_CONNECTIONS)
+        self._cancelling = asyncio.Lock()
+        self._pushes = _Together(self._push)
+        self._finds = _Together(self._find)
+        self._listener: asyncio.Task[None] | None = None
+        self.poll = _POSTGRES_DEAF
+        try:
+            await self._do(_nothing, self._limit / 4)
+        except Unreachable:
+            pass  # the verbs connect as they are used
+        except BaseException:
+            await self.close()
+            raise
+        self._listener = self._loop.create_task(self._listen(), name="bgjob postgres")
+
+    async def close(self) -> None:
+        if self._owner is None:
+            return
+        tasks = [task for task in (self._listener, self._pushes.task, self._finds.task) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for db in [*self._busy, *self._idle]:
+            db.terminate()
+        self._idle.clear()
+        self._owner = None
+        await asyncio.sleep(0)  # the transports close at the next turn
+
+    async def _prepare(self, until: float) -> None:
+        """What is asked once: is there a pooler between, are the tables and rights there? On a connection that has no
+        prepared statements, for behind a pooler they could be another's."""
+        db = await self._take_one(until, statement_cache_size=0)
+        try:
+            await self._within(until, db, self._look_round(db))
+        finally:
+            if self._pool is None:
+                db.terminate()
+            await self._give_back(db, until)
+        self._ready = True
+
+    async def _look_round(self, db: _PostgresConnection) -> None:
+        async with self._transaction(db):
+            ((pid, made),) = await db.fetch(self._sql.server)
+        if not made:
+            lock = f"SELECT pg_advisory_xact_lock({crc32(b'bgjob') >> 1}, {crc32(self._prefix.encode()) >> 1})"
+            schema = next(_prefixed([_POSTGRES_SCHEMA], self._prefix))
+            await db.execute(f"{self._sql.begin}; {lock}; {schema} COMMIT")
+        async with self._transaction(db):
+            missing = await db.fetch(self._sql.missing)
+        if missing:
+            raise StoreError(f"{self!r}: permission denied: no {missing[0][1]} on table {missing[0][0]}")
+        self._pooled = pid != db.get_server_pid()
+
+    async def _take_one(self, until: float, **options: object) -> _PostgresConnection:
+        """A new connection, or the pool's."""
+        left = until - self._loop.time()
+        if left <= 0:
+            raise TimeoutError
+        if self._pool is not None:
+            return cast(_PostgresConnection, await self._pool.acquire(timeout=left))
+        try:
+            return await self._connect(self._url, timeout=left, **options)
+        except ValueError as error:  # its text may hold a part of the password
+            wrong = str(error) if "onfiguration" in type(error).__name__ else "the URL can't be read"
+            remedy = "write postgresql://user:password@host:5432/database, and of : / ? # @ in a password %3A %2F …"
+            raise StoreError(f"{self!r}: {wrong}; {remedy}") from None
+
+    async def _give_back(self, db: _PostgresConnection, until: float) -> None:
+        if self._pool is not None:
+            with suppress(*self._faults):  # asyncpg asks the server to reset it
+                await self._pool.release(db, timeout=max(0.1, until - self._loop.time()))
+        elif self._owner is None:
+            db.terminate()
+        elif not db.is_closed():
+            self._idle.append(db)
+
+    # Transactions and errors
+
+    async def _do(self, steps: Callable[[_PostgresConnection], Awaitable[T]], limit: float | None = None) -> T:
+        """A verb on a connection, within its limit. After an error the connection is given up: the server rolls back.
+        What lost against another transaction is tried again."""
+        until = self._loop.time() + (limit or self._limit)
+        for attempt in itertools.count(1):
+            try:
+                async with self._room:
+                    return await self._try(steps, until)
+            except self._faults as error:
+                state = str(getattr(error, "sqlstate", None) or "")
+                if state == _POSTGRES_NO_TABLE:
+                    self._ready = False
+                if attempt == 3 or not state.startswith(_POSTGRES_AGAIN):
+                    raise self._error(error, state, until) from None
+        raise AssertionError
+
+    async def _try(self, steps: Callable[[_PostgresConnection], Awaitable[T]], until: float) -> T:
+        if not self._ready:
+            await self._prepare(until)
+        while self._idle and self._idle[-1].is_closed():  # the server was restarted meanwhile
+            self._idle.pop()
+        db = self._idle.pop() if self._idle else await self._new_one(until)
+        self._busy.add(db)
+        try:
+            return await self._within(until, db, steps(db))
+        finally:
+            self._busy.discard(db)
+            await self._give_back(db, until)
+
+    async def _new_one(self, until: float) -> _PostgresConnection:
+        if self._pool is not None or self._pooled:
+            return await self._take_one(until, statement_cache_size=0)
+        db = await self._take_one(until)
+        # A plan that was made while a table was small stays in use until the next ANALYZE.
+        await self._within(until, db, db.execute("SET enable_seqscan = off; SET jit = off"))
+        return db
+
+    async def _within(self, until: float, db: _PostgresConnection, asked: Awaitable[T]) -> T:
+        """The limit doesn't cancel: asyncpg would ask the server over another connection to stop, and wait for that."""
+        expiry = self._loop.call_at(until, db.terminate)
+        try:
+            return await asked
+        except BaseException:
+            db.terminate()
+            raise
+        finally:
+            expiry.cancel()
+
+    @asynccontextmanager
+    async def _transaction(self, db: _PostgresConnection) -> AsyncGenerator[None, None]:
+        await db.execute(self._sql.begin)
+        yield
+        await db.execute("COMMIT")
+
+    async def _ask(self, db: _PostgresConnection, statement: str, *args: object) -> list[Any]:
+        """One statement; a pooler gives it to one server only within a transaction."""
+        if not self._pooled:
+            return await db.fetch(statement, *args)
+        async with self._transaction(db):
+            return await db.fetch(statement, *args)
+
+    def _error(self, error: Exception, state: str, until: float) -> StoreError:
+        text = str(error).partition("\n")[0] or type(error).__name__
+        if self._loop.time() >= until - 0.001 or isinstance(error, TimeoutError):
+            return Unreachable(f"{self!r}: no answer within {self._limit:g} s")
+        if state == _POSTGRES_NO_TABLE:
+            return Unreachable(f"{self!r}: its tables were deleted; begun anew")
+        config = (
+            isinstance(error, ValueError) or "pool is" in text or type(error).__name__ == "SSLCertVerificationError"
+        )
+        passing = state.startswith(_POSTGRES_PASSING) if state else not config
+        return (Unreachable if passing else StoreError)(f"{self!r}: {text}")
+
+    # Hints
+
+    async def _listen(self) -> None:
+        """Hear of what others did, on a connection of its own; where it breaks another is made, and until then
+        looked for more often."""
+        self._deaf = 0
+        while not self._pooled and (self._pool is None or self._pool.get_max_size() > 1):
+            with suppress(StoreError, *self._faults):
+                if not self._ready:
+                    await self._do(_nothing)
+                if not self._pooled:
+                    await self._hear()
+            self.poll = _POSTGRES_DEAF
+            top = min(_BACKOFF_FIRST << min(self._deaf, 10), _BACKOFF_LAST)
+            self._deaf += 1
+            await asyncio.sleep((top - _spread(f"{self._owner} {self._deaf}", top // 2)) / 1000)
+
+    async def _hear(self) -> None:
+        until = self._loop.time() + self._limit
+        db = await self._take_one(until)
+        lost = asyncio.Event()
+
+        def ended(_: object) -> None:
+            lost.set()
+
+        try:
+            db.add_termination_listener(ended)
+            await self._within(until, db, db.add_listener(f"{self._prefix}_wake", self._heard))
+            self._deaf, self.poll = 0, PostgresStore.poll
+            self._hint()
+            while not lost.is_set():
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(2 * self.poll / 1000):
+                        await lost.wait()
+                # A router that has forgotten a silent connection tells nobody.
+                await self._within(self._loop.time() + self._limit, db, db.execute("SELECT 1"))
+        finally:
+            db.terminate()
+            await self._give_back(db, until)
+
+    def _heard(self, _db: object, _pid: int, _channel: str, owner: str) -> None:
+        if owner != self._owner:
+            self._hint()
+
+    # The verbs
+
+    async def enlist(self, jobs: Mapping[str, Listing]) -> tuple[int, Mapping[str, int]]:
+        return await self._do(lambda db: self._enlist(db, jobs))
+
+    async def _enlist(self, db: _PostgresConnection, jobs: Mapping[str, Listing]) -> tuple[int, Mapping[str, int]]:
+        names = [*jobs]
+        rows = await self._ask(db, self._sql.listed, names)
+        now: int = rows[0][0]
+        known = {job: (schedule, timeout) for _, job, _, schedule, timeout in rows}
+        new = {job: one for job, one in jobs.items() if known.get(job) != (one.schedule, one.timeout)}
+        if new:
+            first = [_tick_id(job, now) if one.immediate else None for job, one in new.items()]
+            schedules, timeouts = [one.schedule for one in new.values()], [one.timeout for one in new.values()]
+            await self._ask(db, self._sql.enlist, now, [*new], schedules, timeouts, first)
+            rows = await self._ask(db, self._sql.listed, names)
+        return now, {job: last for _, job, last, _, _ in rows if job is not None}
+
+    async def tick(self, ticks: Sequence[Tick]) -> tuple[int, Sequence[Answer]]:
+        return await self._do(lambda db: self._tick(db, ticks))
+
+    async def _tick(self, db: _PostgresConnection, ticks: Sequence[Tick]) -> tuple[int, Sequence[Answer]]:
+        now, lasts = await self._lasts(db, ticks)
+        first = {tick.job: _decide(tick, now, lasts[tick.job], 0, 0, 0) for tick in ticks}
+        mine = [answer.tick for answer in first.values() if answer.word not in ("lost", "early")]
+        if mine:  # most often another instance was first
+            async with self._transaction(db):
+                now, won = await self._hand_out(db, mine, now)
+            first |= won
+        return now, [first[tick.job] for tick in ticks]
+
+    async def _lasts(self, db: _PostgresConnection, ticks: Sequence[Tick]) -> tuple[int, Mapping[str, int]]:
+        rows = await self._ask(db, self._sql.last, [tick.job for tick in ticks])
+        if len(rows) < len(ticks):
+            raise Unreachable(f"{self!r}: its jobs were deleted")
+        return rows[0][0], {job: last for _, job, last in rows}
+
+    async def _hand_out(self, db: _PostgresConnection, ticks: list[Tick], now: int) -> tuple[int, dict[str, Answer]]:
+        """Decide while nobody else can: the jobs' rows are locked, and what is counted is counted after that."""
+        ours = {job for (job,) in await db.fetch(self._sql.lock_ticks, *_columns(ticks, "job", "at"))}
+        answers: dict[str, Answer] = {}
+        if len(ours) < len(ticks):
+            rows = {job: last for _, job, last in await db.fetch(self._sql.last, [tick.job for tick in ticks])}
+            lost = [tick for tick in ticks if tick.job not in ours]
+            answers = {tick.job: Answer(tick, "lost", max(tick.at, rows.get(tick.job, 0))) for tick in lost}
+        if not ours:
+            return now, answers
+        facts = await db.fetch(self._sql.facts, [*ours])
+        now = facts[0][0]
+        found = {job: fact for _, job, *fact in facts}
+        answers |= {tick.job: _decide(tick, now, *found[tick.job]) for tick in ticks if tick.job in ours}
+        return now, await self._write(db, answers)
+
+    async def _write(self, db: _PostgresConnection, answers: dict[str, Answer]) -> dict[str, Answer]:
+        out = [answer for answer in answers.values() if answer.word in ("won", "skipped")]
+        if not out:
+            return answers
+        dues = [answer.tick.at + answer.tick.delay if answer.word == "won" else None for answer in out]
+        started = [int(answer.run is not None) for answer in out]
+        columns = _columns([answer.tick for answer in out], "id", "job", "at")
+        rows = await db.fetch(self._sql.hand_out, *columns, dues, started, self.lease, self._owner)
+        new = {id for (id,) in rows}  # all but those that were handed out before their job was deleted and listed again
+        return {job: a if a.run is None or a.tick.id in new else a._replace(run=None) for job, a in answers.items()}
+
+    async def push(self, calls: Sequence[Call], wake: bool) -> Sequence[int | None]:
+        return await self._pushes.ask((calls, wake))
+
+    async def _push(self, asked: list[tuple[Sequence[Call], bool]]) -> Sequence[Sequence[int | None]]:
+        first: dict[str, tuple[Call, bool]] = {}
+        for calls, wake in asked:
+            for call in calls:
+                first.setdefault(call.id, (call, wake))
+        columns = _columns([call for call, _ in first.values()], "id", "job", "at", "delay", "args")
+        args = *columns, [wake for _, wake in first.values()], self.keep, PostgresStore.poll, self._owner
+        stored = {id: at for id, at, _ in await self._do(lambda db: self._ask(db, self._sql.push, *args))}
+        return [[stored.pop(call.id, None) for call in calls] for calls, _ in asked]
+
+    async def claim(self, free: Mapping[str, tuple[int, int]]) -> News:
+        return await self._do(lambda db: self._claim(db, free))
+
+    async def _claim(self, db: _PostgresConnection, free: Mapping[str, tuple[int, int]]) -> News:
+        ((now, jobs, next_due, flagged),) = await self._ask(db, self._sql.heads, [*free], self._owner)
+        if not jobs:
+            return News(now, [], next_due, flagged)
+        async with self._transaction(db):
+            if len(await db.fetch(self._sql.lock_jobs, jobs)) < len(jobs):
+                raise Unreachable(f"{self!r}: its jobs were deleted")
+            here, everywhere = zip(*(free[job] for job in jobs), strict=True)
+            rows = await db.fetch(self._sql.claim, jobs, here, everywhere, self._owner, self.lease)
+        runs = sorted((Claimed(*row) for row in rows), key=lambda run: (run.at, run.id))
+        return News(now, runs, next_due, flagged)
+
+    async def beat(self, runs: Mapping[str, int]) -> Mapping[str, bool]:
+        args = [*runs], [*runs.values()], self.lease
+        return dict(map(tuple, await self._do(lambda db: self._ask(db, self._sql.beat, *args))))
+
+    async def settle(self, ended: Sequence[Settlement]) -> Sequence[_Settled]:
+        columns = _columns(ended, "id", "token", "job", "at", "call", "state", "delay", "attempt", "result")
+        id, token, job, at, call, state, delay, attempt, result = columns
+        back = [int(end.back) for end in ended]
+        error, reason = [_storable(end.error) for end in ended], [_storable(end.reason) for end in ended]
+        args = id, token, job, at, call, state, delay, back, attempt, error, reason, result, self.keep, self._owner
+        rows = await self._do(lambda db: self._ask(db, self._sql.settle, *args))
+        return ["refused" if new is None else "done" if new == old else "cancelled" for old, new, _ in rows]
+
+    async def cancel(self, job: str, id: str | None = None) -> Mapping[str, Cancelled]:
+        found: dict[str, Cancelled] = {}
+        async with self._cancelling:  # whoever cancels a thousand runs at once leaves connections to others
+            more = True
+            while more:
+                page = await self._do(functools.partial(self._cancel, job=job, id=id, first=not found))
+                found |= page
+                more = len(page) == 1000
+        return found
+
+    async def _cancel(self, db: _PostgresConnection, job: str, id: str | None, first: bool) -> dict[str, Cancelled]:
+        ids = [id] if id is not None else [id for (id,) in await self._ask(db, self._sql.page, job, first)]
+        rows = await self._ask(db, self._sql.cancel, job, ids, _Stop.CANCEL, self._owner) if ids else []
+        return {id: Cancelled(running, at) for id, running, at, _ in rows}
+
+    async def find(self, id: str, watch: bool = False) -> Row | None:
+        return await self._finds.ask((id, watch)) if id.isprintable() else None
+
+    async def _find(self, asked: list[tuple[str, bool]]) -> Sequence[Row | None]:
+        args = [id for id, _ in asked], [id for id, watch in asked if watch]
+        rows = await self._do(lambda db: self._ask(db, self._sql.find, *args))
+        found = {row[0]: _row(row) for row in rows}  # an unfinished one is later than an end by the same key
+        return [found.get(id) for id, _ in asked]
+
+    async def overview(self, n: int) -> Overview:
+        return await self._do(lambda db: self._overview(db, n))
+
+    async def _overview(self, db: _PostgresConnection, n: int) -> Overview:
+        sql = self._sql
+        ((now,),) = await self._ask(db, sql.now)
+        jobs = [Standing(*row) for row in await self._ask(db, sql.jobs)]
+        running = [_row(row) for row in await self._ask(db, sql.running)]
+        lists = [[_row(row) for row in await self._ask(db, one, n)] for one in (sql.due, sql.retrying, sql.failed)]
+        return Overview(now, jobs, running, *lists)
+
+
+async def _nothing(_: object) -> None: ...
+
+
+def _columns(rows: Sequence[object], *names: str) -> list[list[object]]:
+    """The fields of many rows, each as the array that `unnest` makes rows of again."""
+    return [[getattr(row, name) for row in rows] for name in names]
+
+
+def _storable(text: str | None) -> str | None:
+    """PostgreSQL's text has no zero, and UTF-8 no lone surrogate."""
+    return text and text.replace("\0", "").encode(errors="replace").decode()
+
+
 def _store_of(store: Store | str) -> Store:
     """The store meant by a URL; anything that isn't text is one."""
     if not isinstance(store, str):
         return store
+    if store.startswith(("postgresql://", "postgres://")):
+        return _postgres_of(store)
     from urllib.parse import parse_qsl, unquote, urlsplit
 
     url = urlsplit(store)
@@ -3915,11 +4537,23 @@ def _store_of(store: Store | str) -> Store:
         if url.netloc or len(url.path) < 2:
             raise StoreError(f"store={store!r}: write sqlite:///jobs.db, or sqlite:////var/lib/jobs.db where absolute")
         return SQLiteStore(unquote(url.path[1:]), **options)
-    raise StoreError(f"store={_no_password(store)!r}: write sqlite:///jobs.db")
+    raise StoreError(f"store={_no_password(store)!r}: write sqlite:///jobs.db or postgresql://user@host:5432/database")
+
+
+def _postgres_of(url: str) -> PostgresStore:
+    """By hand, for what urllib says of a URL that it can't read shows a password. Other options are asyncpg's."""
+    from urllib.parse import unquote_plus
+
+    base, _, query = url.partition("?")
+    named = [(text.partition("="), text) for text in query.split("&") if text]
+    ours = {name: unquote_plus(value) for (name, _, value), _ in named if name in ("prefix", "lease", "keep")}
+    rest = "&".join(text for (name, _, _), text in named if name not in ours)
+    return PostgresStore(f"{base}?{rest}" if rest else base, **ours)
 
 
 def _no_password(url: str) -> str:
-    return re.sub(r"//[^@/]*@", "//…@", url)
+    """Up to the last @: a password with / or @ in it must have been quoted, but is none the less secret."""
+    return re.sub(r"(?<=[?&])((?:ssl)?password)=[^&]*", r"\1=…", re.sub("//.*@", "//…@", url))
 
 
 # 11 Registry ----------------------------------------------------------------------------------------------------------
