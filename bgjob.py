@@ -2818,6 +2818,8 @@ class _Shared(_Engine):
         self._read_clocks()
         if self._poll is not None:
             self._poll.cancel()
+        if not self._lanes:  # an instance that only submits has nothing to look for, and never learns what is due next
+            return
         when = min(self._next_due, self._now + self._store.poll) / 1000 - self._offset
         self._poll = self.loop.call_at(when, self._look_everywhere)
 
