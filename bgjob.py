@@ -3989,7 +3989,8 @@ class _PostgresStatements(NamedTuple):
     push: str = f"""WITH c AS MATERIALIZED (SELECT id, job, coalesce(at, {_POSTGRES_NOW} + delay) AS at, args, wake
             FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::text[], $6::bool[])
             AS c(id, job, at, delay, args, wake)),
-        new AS (INSERT INTO bgjob_run(id, job, due, at, call, args) SELECT id, job, at, at, 1, args FROM c
+        new AS (INSERT INTO bgjob_run(id, job, due, at, call, args, token) SELECT id, job, at, at, 1, args,
+            coalesce((SELECT p.token FROM bgjob_past p WHERE p.id = c.id), 0) FROM c
             WHERE NOT EXISTS(SELECT 1 FROM bgjob_run r WHERE r.id = c.id) AND NOT EXISTS(SELECT 1 FROM bgjob_past p
             WHERE p.id = c.id AND p.state IN ('succeeded', 'failed') AND p.finished > {_POSTGRES_NOW} - $7::bigint)
             ORDER BY id ON CONFLICT DO NOTHING RETURNING id, at)
@@ -4427,10 +4428,11 @@ class PostgresStore:
             return answers
         dues = [answer.tick.at + answer.tick.delay if answer.word == "won" else None for answer in out]
         started = [int(answer.run is not None) for answer in out]
-        columns = _columns([answer.tick for answer in out], "id", "job", "at")
-        rows = await db.fetch(self._sql.hand_out, *columns, dues, started, self.lease, self._owner)
+        ids = [answer.tick.id if answer.run is None else answer.run.id for answer in out]
+        columns = _columns([answer.tick for answer in out], "job", "at")
+        rows = await db.fetch(self._sql.hand_out, ids, *columns, dues, started, self.lease, self._owner)
         new = {id for (id,) in rows}  # all but those that were handed out before their job was deleted and listed again
-        return {job: a if a.run is None or a.tick.id in new else a._replace(run=None) for job, a in answers.items()}
+        return {job: a if a.run is None or a.run.id in new else a._replace(run=None) for job, a in answers.items()}
 
     async def push(self, calls: Sequence[Call], wake: bool) -> Sequence[int | None]:
         return await self._pushes.ask((calls, wake))
