@@ -3905,6 +3905,7 @@ class _Bell(asyncio.DatagramProtocol):
 
 
 _POSTGRES_CONNECTIONS = 4  # of a process, beside the one for hints
+_POSTGRES_RING = 0.005  # s between two notifications: their commits queue up, and each wakes all instances
 _POSTGRES_DEAF = 1000  # ms between two looks where hints don't arrive
 # SQLSTATEs: outages and whatever passes by itself; what is tried again at once (deadlock, serialization, a statement
 # that isn't prepared any more); a table that isn't there
@@ -3986,16 +3987,24 @@ class _PostgresStatements(NamedTuple):
         SELECT id, job, CASE started WHEN 1 THEN {_POSTGRES_CLOCK} + $6::bigint ELSE due END, at, 0, started, started,
             CASE started WHEN 1 THEN $7::text END, CASE started WHEN 1 THEN {_POSTGRES_CLOCK} END
         FROM w WHERE due IS NOT NULL ON CONFLICT DO NOTHING RETURNING id"""
-    push: str = f"""WITH c AS MATERIALIZED (SELECT id, job, coalesce(at, {_POSTGRES_NOW} + delay) AS at, args, wake
-            FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::text[], $6::bool[])
-            AS c(id, job, at, delay, args, wake)),
+    # the same for one call and for many, which costs the server twice as much
+    push_one: str = f"""INSERT INTO bgjob_run(id, job, due, at, call, args, token) SELECT $1, $2, c.at, c.at, 1, $5,
+        coalesce((SELECT token FROM bgjob_past WHERE id = $1), 0)
+        FROM (SELECT coalesce($3::bigint, {_POSTGRES_NOW} + $4::bigint) AS at) AS c
+        WHERE NOT EXISTS(SELECT 1 FROM bgjob_run WHERE id = $1) AND NOT EXISTS(SELECT 1 FROM bgjob_past
+        WHERE id = $1 AND state IN ('succeeded', 'failed') AND finished > {_POSTGRES_NOW} - $6::bigint)
+        ON CONFLICT DO NOTHING RETURNING id, at, CASE WHEN $7 AND at <= {_POSTGRES_NOW} + $8::bigint
+        THEN pg_notify('bgjob_wake', $9::text)::text END"""
+    push: str = f"""WITH c AS MATERIALIZED (SELECT id, job, coalesce(at, {_POSTGRES_NOW} + delay) AS at, args
+            FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::text[])
+            AS c(id, job, at, delay, args)),
         new AS (INSERT INTO bgjob_run(id, job, due, at, call, args, token) SELECT id, job, at, at, 1, args,
             coalesce((SELECT p.token FROM bgjob_past p WHERE p.id = c.id), 0) FROM c
             WHERE NOT EXISTS(SELECT 1 FROM bgjob_run r WHERE r.id = c.id) AND NOT EXISTS(SELECT 1 FROM bgjob_past p
-            WHERE p.id = c.id AND p.state IN ('succeeded', 'failed') AND p.finished > {_POSTGRES_NOW} - $7::bigint)
+            WHERE p.id = c.id AND p.state IN ('succeeded', 'failed') AND p.finished > {_POSTGRES_NOW} - $6::bigint)
             ORDER BY id ON CONFLICT DO NOTHING RETURNING id, at)
-        SELECT n.id, n.at, CASE WHEN c.wake AND n.at <= {_POSTGRES_NOW} + $8::bigint
-            THEN pg_notify('bgjob_wake', $9::text)::text END FROM new n JOIN c USING (id)"""
+        SELECT id, at, CASE WHEN $7 AND at <= {_POSTGRES_NOW} + $8::bigint
+            THEN pg_notify('bgjob_wake', $9::text)::text END FROM new"""
     # two seeks a job: no job blocks another's head of line
     heads: str = f"""SELECT {_POSTGRES_NOW}, array_agg(job) FILTER (WHERE is_due), min(later),
         ARRAY(SELECT id FROM bgjob_run WHERE owner = $2 AND cancel = 1)
@@ -4048,6 +4057,7 @@ class _PostgresStatements(NamedTuple):
             WHERE id = ANY($2::text[]) AND awaited = 0 ORDER BY id FOR NO KEY UPDATE)))
         SELECT {_POSTGRES_PAST} FROM bgjob_past WHERE id = ANY($1::text[])
         UNION ALL SELECT {_POSTGRES_ROW} FROM bgjob_run WHERE id = ANY($1::text[])"""
+    ring: str = "SELECT pg_notify('bgjob_wake', $1::text)::text"
     now: str = f"SELECT {_POSTGRES_NOW}"
     jobs: str = "SELECT job, last, schedule, timeout FROM bgjob_tick ORDER BY job"
     running: str = f"""SELECT {_POSTGRES_ROW} FROM bgjob_run WHERE owner IS NOT NULL AND due + 0 > {_POSTGRES_NOW}
@@ -4083,15 +4093,22 @@ class _Together(Generic[A, T]):
 
     def __init__(self, verb: Callable[[list[A]], Awaitable[Sequence[T]]]) -> None:
         self._verb = verb
+        self._going = False
         self._waiting: list[tuple[A, asyncio.Future[T]]] = []
         self.task: asyncio.Task[None] | None = None
 
     async def ask(self, item: A) -> T:
-        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._waiting.append((item, answer))
-        if self.task is None:
-            self.task = asyncio.create_task(self._work(), name="bgjob postgres")
-        return await answer
+        if self._going:
+            answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+            self._waiting.append((item, answer))
+            return await answer
+        self._going = True
+        try:
+            return (await self._verb([item]))[0]
+        finally:
+            self._going = bool(self._waiting)
+            if self._going:
+                self.task = asyncio.create_task(self._work(), name="bgjob postgres")
 
     async def _work(self) -> None:
         try:
@@ -4099,7 +4116,7 @@ class _Together(Generic[A, T]):
                 going, self._waiting = self._waiting[:100], self._waiting[100:]
                 await self._go([(item, answer) for item, answer in going if not answer.done()])
         finally:
-            self.task = None
+            self._going = False
 
     async def _go(self, going: list[tuple[A, asyncio.Future[T]]]) -> None:
         try:
@@ -4179,6 +4196,8 @@ class PostgresStore:
         self._pushes = _Together(self._push)
         self._finds = _Together(self._find)
         self._listener: asyncio.Task[None] | None = None
+        self._ringer: asyncio.Task[None] | None = None
+        self._rung, self._unrung = 0.0, False
         self.poll = _POSTGRES_DEAF
         try:
             await self._do(_nothing, self._limit / 4)
@@ -4192,7 +4211,9 @@ class PostgresStore:
     async def close(self) -> None:
         if self._owner is None:
             return
-        tasks = [task for task in (self._listener, self._pushes.task, self._finds.task) if task is not None]
+        if self._ringer is not None:
+            await asyncio.wait({self._ringer}, timeout=self._limit)
+        tasks = [one for one in (self._listener, self._ringer, self._pushes.task, self._finds.task) if one is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -4255,6 +4276,8 @@ class PostgresStore:
     async def _do(self, steps: Callable[[_PostgresConnection], Awaitable[T]], limit: float | None = None) -> T:
         """A verb on a connection, within its limit. After an error the connection is given up: the server rolls back.
         What lost against another transaction is tried again."""
+        if self._owner is None:
+            raise StoreError(f"{self!r}: it isn't open")
         until = self._loop.time() + (limit or self._limit)
         for attempt in itertools.count(1):
             try:
@@ -4369,6 +4392,26 @@ class PostgresStore:
         if owner != self._owner:
             self._hint()
 
+    def _rings(self) -> bool:
+        """Whether to notify at once; else that is done a little later: whoever submits a thousand runs rings seldom."""
+        now = self._loop.time()
+        if now < self._rung + _POSTGRES_RING:
+            return False
+        self._rung = now
+        return True
+
+    def _ring_later(self) -> None:
+        self._unrung = True
+        if self._ringer is None or self._ringer.done():
+            self._ringer = self._loop.create_task(self._ring(), name="bgjob postgres")
+
+    async def _ring(self) -> None:
+        while self._unrung:
+            await asyncio.sleep(self._rung + _POSTGRES_RING - self._loop.time())
+            self._unrung, self._rung = False, self._loop.time()
+            with suppress(StoreError):
+                await self._do(lambda db: self._ask(db, self._sql.ring, self._owner))
+
     # The verbs
 
     async def enlist(self, jobs: Mapping[str, Listing]) -> tuple[int, Mapping[str, int]]:
@@ -4438,13 +4481,19 @@ class PostgresStore:
         return await self._pushes.ask((calls, wake))
 
     async def _push(self, asked: list[tuple[Sequence[Call], bool]]) -> Sequence[Sequence[int | None]]:
-        first: dict[str, tuple[Call, bool]] = {}
-        for calls, wake in asked:
-            for call in calls:
-                first.setdefault(call.id, (call, wake))
-        columns = _columns([call for call, _ in first.values()], "id", "job", "at", "delay", "args")
-        args = *columns, [wake for _, wake in first.values()], self.keep, PostgresStore.poll, self._owner
-        stored = {id: at for id, at, _ in await self._do(lambda db: self._ask(db, self._sql.push, *args))}
+        new = {call.id: call for calls, _ in reversed(asked) for call in reversed(calls)}  # the first of equal ones
+        wake = any(wake for _, wake in asked)
+        at_once = wake and self._rings()
+        args: Sequence[object]
+        if len(new) == 1:
+            ((id, job, at, delay, payload),) = new.values()
+            statement, args = self._sql.push_one, (id, job, at, delay, payload)
+        else:
+            statement, args = self._sql.push, _columns([*new.values()], "id", "job", "at", "delay", "args")
+        args = *args, self.keep, at_once, PostgresStore.poll, self._owner
+        stored = {id: at for id, at, _ in await self._do(lambda db: self._ask(db, statement, *args))}
+        if wake and not at_once:
+            self._ring_later()
         return [[stored.pop(call.id, None) for call in calls] for calls, _ in asked]
 
     async def claim(self, free: Mapping[str, tuple[int, int]]) -> News:
