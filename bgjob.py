@@ -4012,13 +4012,15 @@ class _PostgresStatements(NamedTuple):
             (SELECT r.due FROM bgjob_run r WHERE r.job = w.job AND r.due > {_POSTGRES_NOW} ORDER BY r.due LIMIT 1)
             FROM unnest($1::text[]) AS w(job)) AS h(job, is_due, later)"""
     lock_jobs: str = "SELECT job FROM bgjob_tick WHERE job = ANY($1::text[]) ORDER BY job FOR NO KEY UPDATE"
+    # not SKIP LOCKED: whoever begins to wait for a run's end locks it for a moment, and the next would overtake it
     claim: str = f"""UPDATE bgjob_run SET owner = $4, due = {_POSTGRES_CLOCK} + $5::bigint, since = {_POSTGRES_CLOCK},
         token = token + 1, tries = tries + 1, lost = lost + (owner IS NOT NULL)::int
-        WHERE id = ANY(ARRAY(SELECT p.id FROM unnest($1::text[], $2::int[], $3::int[]) AS w(job, free, parallelism),
+        WHERE id = ANY(ARRAY(SELECT id FROM bgjob_run WHERE due <= {_POSTGRES_NOW} AND id = ANY(ARRAY(
+            SELECT p.id FROM unnest($1::text[], $2::int[], $3::int[]) AS w(job, free, parallelism),
             LATERAL (SELECT id FROM bgjob_run WHERE job = w.job AND due <= {_POSTGRES_NOW} ORDER BY due, id
             LIMIT greatest(0, least(w.free, w.parallelism - (SELECT count(*) FROM bgjob_run b
-                WHERE b.job = w.job AND b.owner IS NOT NULL AND b.due + 0 > {_POSTGRES_NOW})))
-            FOR UPDATE SKIP LOCKED) AS p))
+                WHERE b.job = w.job AND b.owner IS NOT NULL AND b.due + 0 > {_POSTGRES_NOW})))) AS p))
+            ORDER BY id FOR UPDATE))
         RETURNING id, job, at, call = 1, args, tries, lost, token, cancel = 1"""
     beat: str = f"""UPDATE bgjob_run SET due = {_POSTGRES_CLOCK} + $3::bigint WHERE id = ANY(ARRAY(
             SELECT r.id FROM unnest($1::text[], $2::int[]) AS b(id, token) JOIN bgjob_run r
@@ -4379,9 +4381,7 @@ class PostgresStore:
             self._deaf, self.poll = 0, PostgresStore.poll
             self._hint()
             while not lost.is_set():
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(2 * self.poll / 1000):
-                        await lost.wait()
+                await _set_within(2 * self.poll / 1000, lost)
                 # A router that has forgotten a silent connection tells nobody.
                 await self._within(self._loop.time() + self._limit, db, db.execute("SELECT 1"))
         finally:
