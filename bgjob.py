@@ -4238,14 +4238,12 @@ class PostgresStore:
         self._ready = True
 
     async def _look_round(self, db: _PostgresConnection) -> None:
-        async with self._transaction(db):
-            ((pid, made),) = await db.fetch(self._sql.server)
+        ((pid, made),) = await db.fetch(self._sql.server)
         if not made:
             lock = f"SELECT pg_advisory_xact_lock({crc32(b'bgjob') >> 1}, {crc32(self._prefix.encode()) >> 1})"
             schema = next(_prefixed([_POSTGRES_SCHEMA], self._prefix))
             await db.execute(f"{self._sql.begin}; {lock}; {schema} COMMIT")
-        async with self._transaction(db):
-            missing = await db.fetch(self._sql.missing)
+        missing = await db.fetch(self._sql.missing)
         if missing:
             raise StoreError(f"{self!r}: permission denied: no {missing[0][1]} on table {missing[0][0]}")
         self._pooled = pid != db.get_server_pid()
@@ -4331,13 +4329,6 @@ class PostgresStore:
         yield
         await db.execute("COMMIT")
 
-    async def _ask(self, db: _PostgresConnection, statement: str, *args: object) -> list[Any]:
-        """One statement; a pooler gives it to one server only within a transaction."""
-        if not self._pooled:
-            return await db.fetch(statement, *args)
-        async with self._transaction(db):
-            return await db.fetch(statement, *args)
-
     def _error(self, error: Exception, state: str, until: float) -> StoreError:
         text = str(error).partition("\n")[0] or type(error).__name__
         if self._loop.time() >= until - 0.001 or isinstance(error, TimeoutError):
@@ -4410,7 +4401,7 @@ class PostgresStore:
             await asyncio.sleep(self._rung + _POSTGRES_RING - self._loop.time())
             self._unrung, self._rung = False, self._loop.time()
             with suppress(StoreError):
-                await self._do(lambda db: self._ask(db, self._sql.ring, self._owner))
+                await self._do(lambda db: db.fetch(self._sql.ring, self._owner))
 
     # The verbs
 
@@ -4419,15 +4410,15 @@ class PostgresStore:
 
     async def _enlist(self, db: _PostgresConnection, jobs: Mapping[str, Listing]) -> tuple[int, Mapping[str, int]]:
         names = [*jobs]
-        rows = await self._ask(db, self._sql.listed, names)
+        rows = await db.fetch(self._sql.listed, names)
         now: int = rows[0][0]
         known = {job: (schedule, timeout) for _, job, _, schedule, timeout in rows}
         new = {job: one for job, one in jobs.items() if known.get(job) != (one.schedule, one.timeout)}
         if new:
             first = [_tick_id(job, now) if one.immediate else None for job, one in new.items()]
             schedules, timeouts = [one.schedule for one in new.values()], [one.timeout for one in new.values()]
-            await self._ask(db, self._sql.enlist, now, [*new], schedules, timeouts, first)
-            rows = await self._ask(db, self._sql.listed, names)
+            await db.fetch(self._sql.enlist, now, [*new], schedules, timeouts, first)
+            rows = await db.fetch(self._sql.listed, names)
         return now, {job: last for _, job, last, _, _ in rows if job is not None}
 
     async def tick(self, ticks: Sequence[Tick]) -> tuple[int, Sequence[Answer]]:
@@ -4444,7 +4435,7 @@ class PostgresStore:
         return now, [first[tick.job] for tick in ticks]
 
     async def _lasts(self, db: _PostgresConnection, ticks: Sequence[Tick]) -> tuple[int, Mapping[str, int]]:
-        rows = await self._ask(db, self._sql.last, [tick.job for tick in ticks])
+        rows = await db.fetch(self._sql.last, [tick.job for tick in ticks])
         if len(rows) < len(ticks):
             raise Unreachable(f"{self!r}: its jobs were deleted")
         return rows[0][0], {job: last for _, job, last in rows}
@@ -4491,7 +4482,7 @@ class PostgresStore:
         else:
             statement, args = self._sql.push, _columns([*new.values()], "id", "job", "at", "delay", "args")
         args = *args, self.keep, at_once, PostgresStore.poll, self._owner
-        stored = {id: at for id, at, _ in await self._do(lambda db: self._ask(db, statement, *args))}
+        stored = {id: at for id, at, _ in await self._do(lambda db: db.fetch(statement, *args))}
         if wake and not at_once:
             self._ring_later()
         return [[stored.pop(call.id, None) for call in calls] for calls, _ in asked]
@@ -4500,7 +4491,7 @@ class PostgresStore:
         return await self._do(lambda db: self._claim(db, free))
 
     async def _claim(self, db: _PostgresConnection, free: Mapping[str, tuple[int, int]]) -> News:
-        ((now, jobs, next_due, flagged),) = await self._ask(db, self._sql.heads, [*free], self._owner)
+        ((now, jobs, next_due, flagged),) = await db.fetch(self._sql.heads, [*free], self._owner)
         if not jobs:
             return News(now, [], next_due, flagged)
         async with self._transaction(db):
@@ -4513,7 +4504,7 @@ class PostgresStore:
 
     async def beat(self, runs: Mapping[str, int]) -> Mapping[str, bool]:
         args = [*runs], [*runs.values()], self.lease
-        return dict(map(tuple, await self._do(lambda db: self._ask(db, self._sql.beat, *args))))
+        return dict(map(tuple, await self._do(lambda db: db.fetch(self._sql.beat, *args))))
 
     async def settle(self, ended: Sequence[Settlement]) -> Sequence[_Settled]:
         columns = _columns(ended, "id", "token", "job", "at", "call", "state", "delay", "attempt", "result")
@@ -4521,7 +4512,7 @@ class PostgresStore:
         back = [int(end.back) for end in ended]
         error, reason = [_storable(end.error) for end in ended], [_storable(end.reason) for end in ended]
         args = id, token, job, at, call, state, delay, back, attempt, error, reason, result, self.keep, self._owner
-        rows = await self._do(lambda db: self._ask(db, self._sql.settle, *args))
+        rows = await self._do(lambda db: db.fetch(self._sql.settle, *args))
         return ["refused" if new is None else "done" if new == old else "cancelled" for old, new, _ in rows]
 
     async def cancel(self, job: str, id: str | None = None) -> Mapping[str, Cancelled]:
@@ -4535,8 +4526,8 @@ class PostgresStore:
         return found
 
     async def _cancel(self, db: _PostgresConnection, job: str, id: str | None, first: bool) -> dict[str, Cancelled]:
-        ids = [id] if id is not None else [id for (id,) in await self._ask(db, self._sql.page, job, first)]
-        rows = await self._ask(db, self._sql.cancel, job, ids, _Stop.CANCEL, self._owner) if ids else []
+        ids = [id] if id is not None else [id for (id,) in await db.fetch(self._sql.page, job, first)]
+        rows = await db.fetch(self._sql.cancel, job, ids, _Stop.CANCEL, self._owner) if ids else []
         return {id: Cancelled(running, at) for id, running, at, _ in rows}
 
     async def find(self, id: str, watch: bool = False) -> Row | None:
@@ -4544,7 +4535,7 @@ class PostgresStore:
 
     async def _find(self, asked: list[tuple[str, bool]]) -> Sequence[Row | None]:
         args = [id for id, _ in asked], [id for id, watch in asked if watch]
-        rows = await self._do(lambda db: self._ask(db, self._sql.find, *args))
+        rows = await self._do(lambda db: db.fetch(self._sql.find, *args))
         found = {row[0]: _row(row) for row in rows}  # an unfinished one is later than an end by the same key
         return [found.get(id) for id, _ in asked]
 
@@ -4553,10 +4544,10 @@ class PostgresStore:
 
     async def _overview(self, db: _PostgresConnection, n: int) -> Overview:
         sql = self._sql
-        ((now,),) = await self._ask(db, sql.now)
-        jobs = [Standing(*row) for row in await self._ask(db, sql.jobs)]
-        running = [_row(row) for row in await self._ask(db, sql.running)]
-        lists = [[_row(row) for row in await self._ask(db, one, n)] for one in (sql.due, sql.retrying, sql.failed)]
+        ((now,),) = await db.fetch(sql.now)
+        jobs = [Standing(*row) for row in await db.fetch(sql.jobs)]
+        running = [_row(row) for row in await db.fetch(sql.running)]
+        lists = [[_row(row) for row in await db.fetch(one, n)] for one in (sql.due, sql.retrying, sql.failed)]
         return Overview(now, jobs, running, *lists)
 
 

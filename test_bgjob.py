@@ -16,12 +16,14 @@ import shutil
 import signal
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import tempfile
 import textwrap
 import threading
 import time
+import traceback
 import zoneinfo
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing, contextmanager
@@ -30,7 +32,7 @@ from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 import pytest
 from hypothesis import given, settings
@@ -4503,3 +4505,518 @@ class TestHouse:
                                   text=True, timeout=60, check=False)  # fmt: skip
             if "No module named 'fastapi'" not in done.stderr:
                 assert done.returncode == 0, block + done.stderr
+
+
+class PostgresServer:
+    """A server of the tests' own, which they may kill. Its superuser has a password."""
+
+    PASSWORD = "s3cret/w@rd"
+
+    def __init__(self) -> None:
+        folders = [*map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), os.environ["PATH"]]
+        path = os.pathsep.join(folders)
+        self.postgres, initdb = (shutil.which(name, path=path) for name in ("postgres", "initdb"))
+        if self.postgres is None or initdb is None:
+            refuse_server("no PostgreSQL server is installed that tests could kill")
+        self.folder = Path(tempfile.mkdtemp(prefix="bgjob-postgres-"))
+        self.port, self.user = free_port(), {}
+        if os.geteuid() == 0:  # the server refuses to run as root
+            self.user = {"user": "postgres", "group": "postgres", "extra_groups": []}
+            shutil.chown(self.folder, "postgres", "postgres")
+        (self.folder / "password").write_text(self.PASSWORD)
+        options = [
+            "--auth-local=trust",
+            "--auth-host=scram-sha-256",
+            "--pwfile",
+            self.folder / "password",
+            "-U",
+            "postgres",
+            "--no-sync",
+        ]
+        subprocess.run([initdb, "-D", self.folder / "data", *options], check=True, capture_output=True, cwd="/",
+                       timeout=60, **self.user)  # fmt: skip
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        options = ["-h", "127.0.0.1", "-p", str(self.port), "-k", self.folder, "-c", "fsync=off"]
+        self.process = subprocess.Popen([self.postgres, "-D", self.folder / "data", *options], cwd="/",
+                                        stderr=subprocess.DEVNULL, **self.user)  # fmt: skip
+
+    def kill(self) -> None:
+        """At once: what wasn't committed is gone."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGQUIT)
+            self.process.wait(30)
+            self.process = None
+
+    def remove(self) -> None:
+        self.kill()
+        shutil.rmtree(self.folder)
+
+    def url(self, port: int | None = None, user: str = "postgres", base: str = "postgres", **options: str) -> str:
+        login = f"{user}:{quote(self.PASSWORD, safe='')}"
+        return f"postgresql://{login}@127.0.0.1:{port or self.port}/{base}?{urlencode(options)}"
+
+    async def execute(self, sql: str) -> list[Any]:
+        async with asyncio.timeout(30):
+            while True:
+                with contextlib.suppress(OSError, asyncpg_error()):  # it is starting
+                    db = await importlib.import_module("asyncpg").connect(self.url(), timeout=5)
+                    break
+                await asyncio.sleep(0.05)
+        try:
+            return await db.fetch(sql)
+        finally:
+            await db.close()
+
+
+def asyncpg_error() -> type[Exception]:
+    return importlib.import_module("asyncpg").CannotConnectNowError
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+class Wire:
+    """A TCP proxy. It can fall silent, cut what is connected, and lose answers: the server has done what was asked."""
+
+    def __init__(self, port: int, losses: random.Random | None = None, loss: float = 0.0) -> None:
+        self.target, self.losses, self.loss, self.silent = port, losses or random.Random(1), loss, False
+        self.lost = 0
+        self.writers: set[asyncio.StreamWriter] = set()
+
+    async def __aenter__(self) -> "Wire":
+        self.server = await asyncio.start_server(self.connected, "127.0.0.1", 0)
+        self.port = self.server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.server.close()
+        self.cut()
+        while len(asyncio.all_tasks()) > 1 and self.writers:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+    def cut(self) -> None:
+        for writer in self.writers:
+            writer.transport.abort()
+
+    async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.writers.add(writer)
+        try:
+            there, back = await asyncio.open_connection("127.0.0.1", self.target)
+        except OSError:
+            writer.transport.abort()
+            self.writers.discard(writer)
+            return
+        self.writers.add(back)
+        try:
+            await asyncio.gather(self.carry(reader, back, False), self.carry(there, writer, True))
+        finally:
+            for one in (writer, back):
+                one.transport.abort()
+                self.writers.discard(one)
+
+    async def carry(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, answers: bool) -> None:
+        with contextlib.suppress(OSError):
+            while chunk := await source.read(1 << 16):
+                if answers and self.losses.random() < self.loss:
+                    self.lost += 1
+                    break
+                if not self.silent:
+                    sink.write(chunk)
+        self.shut(sink)
+
+    def shut(self, sink: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, RuntimeError):
+            sink.write_eof()
+        sink.transport.abort()
+
+
+class Pooler:
+    """What PgBouncer does in transaction mode, at its worst: every transaction of a client meets another server."""
+
+    def __init__(self, server: PostgresServer) -> None:
+        self.path = server.folder / f".s.PGSQL.{server.port}"
+        self.free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self.clients: list[asyncio.StreamWriter] = []
+        self.tasks: list[asyncio.Task[None]] = []
+        self.greeting = b""
+
+    async def __aenter__(self) -> "Pooler":
+        for _ in range(12):
+            reader, writer = await asyncio.open_unix_connection(self.path)
+            body = struct.pack("!i", 196608) + b"user\0postgres\0database\0postgres\0\0"
+            writer.write(struct.pack("!i", len(body) + 4) + body)
+            said = [await self.message(reader)]
+            while said[-1][:1] != b"Z":
+                said.append(await self.message(reader))
+            self.greeting = b"".join(one for one in said if one[:1] != b"K")
+            self.free.append((reader, writer))
+        self.listener = await asyncio.start_server(self.connected, "127.0.0.1", 0)
+        self.port = self.listener.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.listener.close()
+        for writer in (*self.clients, *(writer for _, writer in self.free)):
+            writer.transport.abort()
+        await asyncio.wait(self.tasks)
+
+    async def message(self, reader: asyncio.StreamReader) -> bytes:
+        head = await reader.readexactly(5)
+        return head + await reader.readexactly(struct.unpack("!i", head[1:])[0] - 4)
+
+    async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.clients.append(writer)
+        self.tasks.append(asyncio.current_task())
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            size, code = struct.unpack("!ii", await reader.readexactly(8))
+            if code == 80877103:  # "is there TLS?"
+                writer.write(b"N")
+                size, code = struct.unpack("!ii", await reader.readexactly(8))
+            await reader.readexactly(size - 8)
+            key = b"K" + struct.pack("!iii", 12, 1, 1)  # no process that exists
+            writer.write(self.greeting[:-6] + key + self.greeting[-6:])
+            await self.carry(reader, writer)
+        writer.transport.abort()
+
+    async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """What the client says goes to one server, until that is idle again."""
+        answers: asyncio.Task[None] | None = None
+        while (chunk := await reader.read(1 << 20)) and chunk[:1] != b"X":
+            if answers is None or answers.done():
+                there, back = self.free.pop(0)
+                answers = asyncio.create_task(self.answers(there, back, writer))
+            back.write(chunk)
+        if answers is not None and not answers.done():
+            answers.cancel()
+            back.transport.abort()
+
+    async def answers(self, there: asyncio.StreamReader, back: asyncio.StreamWriter, to: asyncio.StreamWriter) -> None:
+        said = b""
+        while said[:1] + said[5:] != b"ZI":
+            said = await self.message(there)
+            to.write(said)
+        self.free.append((there, back))
+
+
+@pytest.fixture(scope="class")
+def killable() -> Iterator[PostgresServer]:
+    pytest.importorskip("asyncpg")
+    server = PostgresServer()
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def server(killable: PostgresServer) -> PostgresServer:
+    if killable.process is None:
+        killable.start()
+    asyncio.run(killable.execute("SELECT 1"))
+    return killable
+
+
+class Wiretap:
+    """Counts what is asked of the server over a connection."""
+
+    def __init__(self, db: Any) -> None:
+        self.db, self.asked = db, 0
+
+    def __getattr__(self, name: str) -> Any:
+        self.asked += name in ("execute", "fetch")
+        return getattr(self.db, name)
+
+
+def name_prefix() -> str:
+    return f"t{os.urandom(5).hex()}"
+
+
+class TestPostgres:
+    """What only a server, and the way to it, can do to its users."""
+
+    @in_a_loop
+    async def test_errors(self, server: PostgresServer) -> None:
+        """What doesn't pass by itself is one clear line at once, without a password."""
+        secret = quote(server.PASSWORD, safe="")
+        there = f"127.0.0.1:{server.port}/postgres"
+        good = server.url()
+        await server.execute(f"CREATE ROLE guest LOGIN PASSWORD '{server.PASSWORD}'")
+        cases = {
+            good.replace(secret, "wr0ng"): f'//…@{there}\'): password authentication failed for user "postgres"',
+            good.replace("/postgres?", "/nope?"): 'database "nope" does not exist',
+            server.url(user="guest", prefix="guest"): "permission denied for schema public",
+            good.replace("?", "?sslmode=s3cret&"): "`sslmode` parameter must be one of: disable, allow",
+            f"postgresql://postgres:{server.PASSWORD}@{there}": "the URL can't be read; write postgresql://user:pass",
+            f"{good}nonsense=1": 'unrecognized configuration parameter "nonsense"',
+            f"{good}keep=0s": "keep=",
+            f"{good}prefix=A": "prefix='A'",
+        }
+        for url, text in cases.items():
+            with pytest.raises(BgjobError, match=re.escape(text)) as caught:
+                async with Registry().running(store=url, jobs=[]):
+                    pass
+            shown = "".join(traceback.format_exception(caught.value))
+            assert "\n" not in str(caught.value)
+            assert not re.search("s3cret/w|w@rd|s3cret%2F|wr0ng", shown), shown
+
+    @in_a_loop
+    async def test_missing_rights(self, server: PostgresServer) -> None:
+        """A right on a table that is missing is told at the start, not when it is first used."""
+        prefix = name_prefix()
+        async with Registry().running(store=server.url(prefix=prefix), jobs=[]):
+            pass
+        await server.execute(f"CREATE ROLE {prefix} LOGIN PASSWORD '{server.PASSWORD}'")
+        await server.execute(f"GRANT SELECT ON {prefix}_tick, {prefix}_run, {prefix}_past TO {prefix}")
+        with pytest.raises(StoreError, match=f"permission denied: no INSERT on table {prefix}_"):
+            async with Registry().running(store=server.url(user=prefix, prefix=prefix), jobs=[]):
+                pass
+        await server.execute(f"GRANT INSERT, UPDATE, DELETE ON {prefix}_tick, {prefix}_run, {prefix}_past TO {prefix}")
+        async with Registry().running(store=server.url(user=prefix, prefix=prefix), jobs=[]):
+            pass
+
+    @in_a_loop
+    async def test_passing(self, server: PostgresServer, caplog: pytest.LogCaptureFixture) -> None:
+        """Too many connections and a server that only reads are outages."""
+        await server.execute(f"CREATE ROLE crowd LOGIN CONNECTION LIMIT 0 PASSWORD '{server.PASSWORD}'")
+        prefix = name_prefix()
+        for url in (
+            server.url(user="crowd"),
+            server.url(prefix=prefix, default_transaction_read_only="on"),
+        ):
+            caplog.clear()
+            async with Registry().running(store=url, jobs=[]):
+                pass
+            assert "store unreachable" in caplog.text
+            assert "s3cret" not in caplog.text
+
+    def test_missing_driver(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without asyncpg the error says what to install."""
+        monkeypatch.setitem(sys.modules, "asyncpg", None)
+
+        async def main() -> None:
+            with pytest.raises(StoreError, match=re.escape("needs asyncpg: pip install 'bgjob[postgres]'")):
+                async with Registry().running(store="postgresql://127.0.0.1", jobs=[]):
+                    pass
+
+        asyncio.run(main())
+
+    def test_shown(self) -> None:
+        """No repr shows a password, however it was written; options of bgjob don't reach asyncpg."""
+        for url in ("postgresql://a:pw@h/db", "postgres://a:p@w/pw@h/db?password=pw", "postgres://h/db?password=pw"):
+            store = bgjob._store_of(f"{url}{'&' if '?' in url else '?'}prefix=p&lease=12s&sslmode=require&keep=2s")
+            assert "pw" not in repr(store)
+            assert (store._prefix, store.lease, store.keep) == ("p", 12000, 2000)
+            assert store._url == f"{url}{'&' if '?' in url else '?'}sslmode=require"
+        with pytest.raises(StoreError, match="write postgresql://"):
+            bgjob.PostgresStore("mysql://h")
+
+    @in_a_loop
+    async def test_ready_pool(self, server: PostgresServer) -> None:
+        """A ready pool is used, also by hints, and left open and whole."""
+        asyncpg = importlib.import_module("asyncpg")
+        async with asyncpg.create_pool(server.url(), min_size=1, max_size=6) as pool:
+            stores = [bgjob.PostgresStore(pool, prefix=name_prefix()) for _ in range(2)]
+            stores[1]._sql, stores[1]._prefix = stores[0]._sql, stores[0]._prefix
+            assert repr(stores[0]) == "PostgresStore(pool)"
+            (client, worker), (job, _) = instances(2, Work())
+            async with client.running(store=stores[0], jobs=[]), worker.running(store=stores[1]):
+                await until(lambda: {store.poll for store in stores} == {5000})
+                began = time.monotonic()
+                assert await (await job.submit(1)).result(20) == 1
+                assert time.monotonic() - began < 1
+            assert await pool.fetchval("SELECT 1") == 1
+            assert pool.get_size() == pool.get_idle_size()
+
+    @in_a_loop
+    async def test_small_pool(self, server: PostgresServer) -> None:
+        """A pool of one connection is none for hints."""
+        asyncpg = importlib.import_module("asyncpg")
+        async with asyncpg.create_pool(server.url(), min_size=1, max_size=1) as pool:
+            (registry,), (job,) = instances(1, Work())
+            async with registry.running(store=bgjob.PostgresStore(pool, prefix=name_prefix())):
+                assert await (await job.submit(1)).result(20) == 1
+
+    @in_a_loop
+    async def test_tables_at_once(self, server: PostgresServer) -> None:
+        """Instances that start at once make the tables once; an immediate job runs once."""
+        stores = [bgjob.PostgresStore(server.url(), prefix="atonce") for _ in range(8)]
+        await asyncio.gather(*(store.open(str(n), lambda: None) for n, store in enumerate(stores)))
+        listing = {"work": bgjob.Listing("", True, None)}
+        await asyncio.gather(*(store.enlist(listing) for store in stores))
+        assert len((await stores[0].overview(9)).due) == 1
+        await asyncio.gather(*(store.close() for store in stores))
+        # A connection that was closed is gone a moment later.
+        left = "SELECT 1 FROM pg_stat_activity WHERE query LIKE '%atonce%' AND pid <> pg_backend_pid()"
+        async with asyncio.timeout(10):
+            while await server.execute(left):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
+    @in_a_loop
+    async def test_tables_dropped(self, server: PostgresServer) -> None:
+        """Tables that are dropped are made again, and the jobs listed anew."""
+        prefix = name_prefix()
+        (registry,), (job,) = instances(1, Work())
+        async with registry.running(store=server.url(prefix=prefix)):
+            assert await (await job.submit(1)).result(20) == 1
+            await server.execute(f"DROP TABLE {prefix}_run, {prefix}_tick, {prefix}_past")
+            assert await (await job.submit(2)).result(20) == 2
+
+    @in_a_loop
+    async def test_round_trips(self, server: PostgresServer) -> None:
+        """A thousand jobs due at one instant cost a few round trips; whoever is late asks once."""
+        stores = [bgjob.PostgresStore(server.url(), prefix=name_prefix())] * 2
+        stores[1] = bgjob.PostgresStore(server.url(), prefix=stores[0]._prefix)
+        listing = {f"j{n}": bgjob.Listing("x", False, None) for n in range(1000)}
+        answers: list[set[str]] = []
+        taps: list[Wiretap] = []
+        for number, store in enumerate(stores):
+            await store.open(str(number), lambda: None)
+            now, _ = await store.enlist(listing)
+            store._idle[:] = [Wiretap(db) for db in store._idle]
+            taps.append(store._idle[-1])
+        await asyncio.sleep(0.01)
+        for store in stores:
+            _, found = await store.tick([bgjob.Tick(job, now + 1, 0, 1, False, 1, 1) for job in listing])
+            answers.append({answer.word for answer in found})
+        assert answers == [{"won"}, {"lost"}]
+        assert [tap.asked for tap in taps] == [6, 1]
+        for store in stores:
+            await store.close()
+
+    @in_a_loop
+    async def test_many_submits(self, server: PostgresServer) -> None:
+        """Submits that come together share their commits; of equal keys the first one wins."""
+        (registry,), (job,) = instances(1, Work(parallelism=100))
+        store = bgjob.PostgresStore(server.url(), prefix=name_prefix())
+        async with registry.running(store=store, jobs=[]):
+            store._idle[:] = taps = [Wiretap(db) for db in store._idle]
+            runs = await asyncio.gather(*(job.after("1h").submit(n) for n in range(300)))
+            assert len({run.id for run in runs}) == 300
+            assert sum(tap.asked for tap in taps) < 20
+            same = await asyncio.gather(*(job.after("1h", key="k").submit(n) for n in range(50)))
+            assert {(run.id, run.args) for run in same} == {("work#k", same[0].args)}
+            assert await job.cancel() == 301
+
+    @in_a_loop
+    async def test_killed_and_restarted(self, server: PostgresServer, caplog: pytest.LogCaptureFixture) -> None:
+        """A server that is killed and comes back during runs: two lines, nothing lost, nothing twice."""
+        work = Work(held=True, parallelism=3)
+        (registry,), (job,) = instances(1, work)
+        async with registry.running(store=server.url(prefix=name_prefix())):
+            runs = [await job.submit(n) for n in range(5)]
+            await until(lambda: len(work.begun) == 3)
+            server.kill()
+            work.release.set()
+            await until(lambda: "store unreachable" in caplog.text)
+            with pytest.raises(StoreError, match="unreachable for 5 s"):
+                await job.submit(5)
+            server.start()
+            assert [await run.result(30) for run in runs] == [*range(5)]
+        assert len(work.begun) == 5
+        assert [caplog.text.count(text) for text in ("store unreachable", "store back")] == [1, 1]
+
+    @in_a_loop
+    async def test_not_there_at_the_start(self, server: PostgresServer, caplog: pytest.LogCaptureFixture) -> None:
+        """A server that isn't there at the start is an outage like any other."""
+        server.kill()
+        (registry,), (job,) = instances(1, Work())
+        async with registry.running(store=server.url(prefix=name_prefix())):
+            assert "store unreachable" in caplog.text
+            server.start()
+            await until(lambda: "store back" in caplog.text)
+            assert await (await job.submit(1)).result(20) == 1
+
+    @in_a_loop
+    async def test_black_hole(self, server: PostgresServer) -> None:
+        """A verb gives up within its limit where nothing answers, and the next one doesn't meet the same connection."""
+        async with Wire(server.port) as wire:
+            url = server.url(port=wire.port)
+            store = bgjob.PostgresStore(url, prefix=name_prefix(), lease="2s")
+            await store.open("me", lambda: None)
+            wire.silent = True
+            for verb in (lambda: store.find("x"), lambda: store.beat({}), lambda: store.cancel("x")):
+                began = time.monotonic()
+                with pytest.raises(bgjob.Unreachable, match="no answer within 0.5 s"):
+                    await verb()
+                assert 0.4 < time.monotonic() - began < 1
+            wire.silent = False
+            wire.cut()
+            assert await store.find("x") is None
+            await store.close()
+
+    @in_a_loop
+    async def test_held_lock(self, server: PostgresServer) -> None:
+        """A client that stops in the middle of a transaction holds others up for a second at most."""
+        stores = [bgjob.PostgresStore(server.url(), prefix="held") for _ in range(2)]
+        for number, store in enumerate(stores):
+            await store.open(str(number), lambda: None)
+            now, _ = await store.enlist({"work": bgjob.Listing("x", False, None)})
+        stopped = await stores[0]._new_one(time.monotonic() + 4)
+        await stopped.execute(stores[0]._sql.begin)
+        await stopped.fetch(stores[0]._sql.lock_jobs, ["work"])
+        _, (answer,) = await stores[1].tick([bgjob.Tick("work", now, 0, 1, False, 1, 1)._replace(at=now + 1)])
+        assert answer.word == "won"
+        stopped.terminate()
+        for store in stores:
+            await store.close()
+
+    @in_a_loop
+    async def test_lost_answers(self, server: PostgresServer) -> None:
+        """Answers that are lost after the commit: every run runs, and twice only where its lease was lost in between."""
+        work = Work(parallelism=10)
+        (registry, other), (job, _) = instances(2, work)
+        async with Wire(server.port, random.Random(7), loss=0.04) as wire:
+            url = server.url(port=wire.port, prefix=name_prefix(), lease="2s")
+            async with going(url, registry, other):
+                runs = [await job.submit(n) for n in range(60)]
+                assert [await run.result(60) for run in runs] == [*range(60)]
+                assert wire.lost > 5
+                wire.loss = 0.0
+        assert len({(run.id, run.token) for run in work.begun}) == len(work.begun)
+        assert len(work.begun) < 70
+
+    @in_a_loop
+    async def test_hints_cut(self, server: PostgresServer) -> None:
+        """Where hints break off, runs are found by looking, and another connection for hints is made."""
+        prefix = name_prefix()
+        stores = [bgjob.PostgresStore(server.url(prefix=prefix).partition("?")[0], prefix=prefix) for _ in range(2)]
+        (client, worker), (job, _) = instances(2, Work())
+        async with client.running(store=stores[0], jobs=[]), worker.running(store=stores[1]):
+            await until(lambda: {store.poll for store in stores} == {5000})
+            listening = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'"
+            assert len(await server.execute(listening)) == 2
+            await until(lambda: stores[1].poll == 1000)
+            assert await (await job.submit(1)).result(20) == 1
+            await until(lambda: {store.poll for store in stores} == {5000})
+            began = time.monotonic()
+            assert await (await job.submit(2)).result(20) == 2
+            assert time.monotonic() - began < 1
+
+    @in_a_loop
+    async def test_pooler(self, server: PostgresServer) -> None:
+        """Behind a pooler in transaction mode all verbs work; what others submit is seen within a second."""
+        prefix = name_prefix()
+        async with Pooler(server) as pooler:
+            url = server.url(port=pooler.port, prefix=prefix)
+            (client, worker), (job, _) = instances(2, Work(parallelism=5))
+            async with client.running(store=url, jobs=[]), worker.running(store=url):
+                runs = [await job.submit(n) for n in range(20)]
+                assert [await run.result(20) for run in runs] == [*range(20)]
+                assert (await job.after("1h", key="k").submit(1)).id == (await job.after("1h", key="k").submit(2)).id
+                assert await job.cancel() == 1
+
+    @in_a_loop
+    async def test_prefixes(self, server: PostgresServer) -> None:
+        """Two applications in one database don't see each other's runs, keys and hints."""
+        works = [Work(), Work()]
+        registries = [Registry(), Registry()]
+        jobs = [work(registry) for work, registry in zip(works, registries, strict=True)]
+        one, two = (server.url(prefix=name_prefix()) for _ in works)
+        async with registries[0].running(store=one), registries[1].running(store=two):
+            for number, job in enumerate(jobs):
+                run = await job.after("1ms", key="same").submit(number)
+                assert await run.result(20) == number
+        assert [work.args for work in works] == [[0], [1]]
