@@ -22,7 +22,7 @@ The map. A room uses only rooms above it; go to one by searching for its banner,
      8 Store         `Store`: what the engine needs of a store that several processes share
      9 Engine        one object per `run()`: wait, admit, execute, settle, drain
     9b Sharing       the same beside other instances, with a store between them
-    10 Adapters      `SQLiteStore`, `PostgresStore`
+    10 Adapters      `SQLiteStore`, `PostgresStore`, `RedisStore`
     11 Registry      `Registry` and the default one, whose bound methods are `job`, `run`, `running`, `simulate`
 
 Durations are everywhere the same: seconds (int or float), a `timedelta`, or text such as "30s",
@@ -98,6 +98,7 @@ __all__ = [
     "Depends",
     "Job",
     "PostgresStore",
+    "RedisStore",
     "Registry",
     "Run",
     "RunCancelled",
@@ -1480,7 +1481,7 @@ def _dumps(value: object) -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 
-def _loads(text: str) -> object:
+def _loads(text: str | bytes) -> object:
     import json
 
     return json.loads(text)
@@ -2811,6 +2812,7 @@ class _Shared(_Engine):
 
     def _look_everywhere(self) -> None:
         self._look = dict.fromkeys(self._lanes.values())
+        self._next_due = sys.maxsize  # until a claim says more; where none follows, as in a drain, the poll is enough
         self._poked.set()
 
     def _plan(self) -> None:
@@ -2818,8 +2820,6 @@ class _Shared(_Engine):
         self._read_clocks()
         if self._poll is not None:
             self._poll.cancel()
-        if not self._lanes:  # an instance that only submits has nothing to look for, and never learns what is due next
-            return
         when = min(self._next_due, self._now + self._store.poll) / 1000 - self._offset
         self._poll = self.loop.call_at(when, self._look_everywhere)
 
@@ -2952,7 +2952,8 @@ class _Shared(_Engine):
 
     async def _claim(self) -> None:
         lanes, self._look = self._look, {}
-        everywhere = len(lanes) >= len(self._lanes)
+        if len(lanes) >= len(self._lanes):
+            self._next_due = sys.maxsize  # before it is asked: what is submitted meanwhile isn't in the answer
         free = {
             lane.spec.name: (lane.spec.parallelism - lane.busy, lane.spec.parallelism)
             for lane in lanes
@@ -2966,7 +2967,7 @@ class _Shared(_Engine):
             raise
         self._heard(news.now, asked)
         next_due = sys.maxsize if news.next_due is None else news.next_due
-        self._next_due = next_due if everywhere else min(self._next_due, next_due)
+        self._next_due = min(self._next_due, next_due)
         asking = {lane.spec.name: lane for lane in lanes}
         for claimed in news.runs:
             self._take(claimed, asked, asking[claimed.job])
@@ -4564,35 +4565,830 @@ def _storable(text: str | None) -> str | None:
     return text and text.replace("\0", "").encode(errors="replace").decode()
 
 
+_REDIS_CONNECTIONS = 4  # at the same time: more would not be faster, for the server does one thing at a time
+_REDIS_SILENCE = 10.0  # s
+_REDIS_PASSING = re.compile(r"\b(LOADING|BUSY|READONLY|MASTERDOWN|OOM|MISCONF|NOREPLICAS|CLUSTERDOWN|TRYAGAIN)\b")
+
+# Every instant and duration is a whole number of milliseconds; a text that is missing is ''. A script is never rolled
+# back, so that `rows` converts its arguments before the first write. ARGV[1] is always the caller.
+_REDIS_PRELUDE = """
+local call, P, time = redis.call, KEYS[1], redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local function rows(first, width, ...)
+  local all = {}
+  for i = first, #ARGV, width do
+    local row = {unpack(ARGV, i, i + width - 1)}
+    for _, k in ipairs({...}) do row[k] = assert(tonumber(row[k]), 'not a number') end
+    all[#all + 1] = row
+  end
+  return all
+end
+local function score(reply) return tonumber(reply or nil) end
+local function wake(owner)  -- a hint: missing rights must not end a script half-way
+  if owner ~= ARGV[1] then redis.pcall('PUBLISH', P .. 'wake:' .. owner, '') end
+end
+local function wake_workers()
+  for _, owner in ipairs(call('ZRANGE', P .. 'workers', 0, -1)) do wake(owner) end
+end
+local function wake_waiting(awaited)
+  for owner in string.gmatch(awaited or '', '[^\\n]+') do wake(owner) end
+end
+local function remember(run, keep, state, attempt, error, reason, result)
+  call('HSET', run, 'state', state, 'finished', now, 'attempt', attempt, 'error', error, 'reason', reason,
+    'result', result)
+  call('PEXPIRE', run, keep)
+end
+local function row(id)
+  local r = call('HMGET', P .. 'run:' .. id, 'job', 'state', 'at', 'args', 'tries', 'token', 'owner', 'since', 'error',
+    'finished', 'attempt', 'reason', 'result')
+  if not r[1] then return false end
+  if r[2] then return {id, r[1], r[2], r[3], r[10], r[4] or '', r[11], r[6], r[7], r[8], r[10], r[9], r[12], r[13]} end
+  local ends = score(call('ZSCORE', P .. 'busy:' .. r[1], id))
+  local state = ends and ends > now and 'running' or 'scheduled'
+  local due = ends or score(call('ZSCORE', P .. 'due:' .. r[1], id)) or r[3]
+  return {id, r[1], state, r[3], due, r[4] or '', r[5], r[6], r[7], r[8], false, r[9], false, false}
+end
+"""
+
+
+class _RedisScripts(NamedTuple):
+    """One a verb. Keys, all after the prefix in braces, which is one slot of a cluster:
+
+    HASH `tick`, `schedule`, `timeout`: job to its last tick, what was listed. HASH `run:<id>`: a run; with a `state`
+    and a time to live once it has ended. ZSET `due:<job>`: id to when it may be claimed. ZSET `busy:<job>`: id to the
+    end of its lease; it is in one of the two. SET `ticks:<job>`: unfinished ticks. ZSET `retry`: what waits for a
+    second attempt. ZSET `failed`: the latest. SET `flag:<owner>`: runs of that owner that are to be cancelled. SET
+    `jobs`: of calls. ZSET `workers`: owner to when it was last seen. Channel `wake:<owner>`.
+    """
+
+    enlist: str = """
+    local out = {}
+    for _, r in ipairs(rows(2, 6, 6)) do
+      local job, schedule, timeout, immediate, id, at = unpack(r)
+      local last, known = call('HGET', P .. 'tick', job), call('HGET', P .. 'schedule', job)
+      if not last or known ~= schedule then
+        call('HSET', P .. 'tick', job, now)
+        call('HSET', P .. 'schedule', job, schedule)
+      end
+      call('HSET', P .. 'timeout', job, timeout)
+      call('SADD', P .. 'jobs', job)
+      if not last and immediate == '1' and call('HSETNX', P .. 'run:' .. id, 'job', job) == 1 then
+        call('HSET', P .. 'run:' .. id, 'at', at)
+        call('SADD', P .. 'ticks:' .. job, id)
+        call('ZADD', P .. 'due:' .. job, at, id)
+      end
+      out[#out + 1] = tonumber(call('HGET', P .. 'tick', job))
+    end
+    if #out > 0 then call('ZADD', P .. 'workers', now, ARGV[1]) end
+    return cjson.encode({now, out})
+    """
+    tick: str = """
+    local owner, lease = ARGV[1], assert(tonumber(ARGV[2]))
+    local asked, last, out = rows(3, 8, 3, 4, 5, 7, 8), {}, {}
+    for n, r in ipairs(asked) do
+      last[n] = score(call('HGET', P .. 'tick', r[2]))
+      if not last[n] then return cjson.encode({now, {}}) end
+    end
+    local function start(id, job, at, delay, free, parallelism)
+      local run, due, busy = P .. 'run:' .. id, P .. 'due:' .. job, P .. 'busy:' .. job
+      if call('HSETNX', run, 'job', job) == 0 then return 0 end
+      call('SADD', P .. 'ticks:' .. job, id)
+      local room = delay == 0 and free > 0 and call('ZCOUNT', due, '-inf', now) == 0
+      if room and call('ZCARD', busy) > 0 then
+        room = call('ZCOUNT', busy, '-inf', now) == 0 and call('ZCARD', busy) < parallelism
+      end
+      if not room then
+        call('HSET', run, 'at', at)
+        call('ZADD', due, at + delay, id)
+        return 0
+      end
+      call('HSET', run, 'at', at, 'tries', 1, 'token', 1, 'owner', owner, 'since', now)
+      call('ZADD', busy, now + lease, id)
+      return 1
+    end
+    for n, r in ipairs(asked) do
+      local id, job, at, delay, limit, hold, free, parallelism = unpack(r)
+      local word, run = 'won', 0
+      if last[n] >= at then word = 'lost'
+      elseif at > now then word = 'early'
+      elseif call('SCARD', P .. 'ticks:' .. job) >= limit then word = hold == '1' and 'full' or 'skipped'
+      else run = start(id, job, at, delay, free, parallelism) end
+      if word == 'won' or word == 'skipped' then call('HSET', P .. 'tick', job, at) end
+      out[n] = {word, word == 'won' and at or last[n], run}
+    end
+    return cjson.encode({now, out})
+    """
+    push: str = """
+    local horizon, soon, out = assert(tonumber(ARGV[2])), false, {}
+    for n, r in ipairs(rows(3, 5, 3, 4)) do
+      local id, job, at, delay, args = unpack(r)
+      local run = P .. 'run:' .. id
+      local known = call('HMGET', run, 'job', 'state', 'token')
+      if known[1] and (not known[2] or known[2] == 'succeeded' or known[2] == 'failed') then
+        out[n] = '-'
+      else
+        if delay >= 0 then at = now + delay end
+        if known[1] then call('DEL', run) end
+        call('HSET', run, 'job', job, 'at', at, 'args', args, 'token', known[3] or 0)
+        call('ZADD', P .. 'due:' .. job, at, id)
+        call('SADD', P .. 'jobs', job)
+        soon = soon or at <= now + horizon
+        out[n] = string.format('%.0f', at)
+      end
+    end
+    if soon then wake_workers() end
+    return table.concat(out, ' ')
+    """
+    claim: str = """
+    local owner, lease, room = ARGV[1], assert(tonumber(ARGV[2])), assert(tonumber(ARGV[3]))
+    local held = ARGV[4] ~= '' and cjson.decode(ARGV[4])
+    local asked, runs, next_due, bytes = rows(5, 3, 2, 3), {}, nil, 0
+    local function later(first)
+      if first and (not next_due or first < next_due) then next_due = first end
+    end
+    local function give(job, id, r, tries, lost, token)
+      call('ZADD', P .. 'busy:' .. job, now + lease, id)
+      runs[#runs + 1] = {id, job, r[1], r[2] and true or false, r[2] or '', tries, lost, token, r[7] and true or false}
+      room, bytes = room - 1, bytes + #(r[2] or '')
+      if bytes > 4000000 then room = 0 end
+    end
+    local function facts(id)
+      return call('HMGET', P .. 'run:' .. id, 'at', 'args', 'tries', 'lost', 'token', 'owner', 'cancel', 'state')
+    end
+    local function again(job, free)  -- what was claimed for us by a call whose answer we didn't get
+      for _, id in ipairs(call('ZRANGEBYSCORE', P .. 'busy:' .. job, '(' .. now, '+inf')) do
+        local r = facts(id)
+        if r[6] == owner and not r[8] and held[id] ~= tonumber(r[5]) and free > 0 and room > 0 then
+          give(job, id, r, tonumber(r[3]), tonumber(r[4] or 0), tonumber(r[5]))
+          free = free - 1
+        end
+      end
+      return free
+    end
+    local function take(job, id)
+      local r = facts(id)
+      call('ZREM', P .. 'due:' .. job, id)
+      if not r[1] or r[8] then call('ZREM', P .. 'busy:' .. job, id) return end
+      local tries, lost, token = (r[3] or 0) + 1, (r[4] or 0) + (r[6] and 1 or 0), (r[5] or 0) + 1
+      call('HSET', P .. 'run:' .. id, 'owner', owner, 'since', now, 'tries', tries, 'lost', lost, 'token', token)
+      if tries > 1 then call('ZREM', P .. 'retry', id) end
+      give(job, id, r, tries, lost, token)
+    end
+    local function oldest(due, busy, n)  -- of what waits, and of what died
+      local all = {}
+      for _, key in ipairs({due, busy}) do
+        local found = call('ZRANGEBYSCORE', key, '-inf', now, 'WITHSCORES', 'LIMIT', 0, n)
+        for i = 1, #found, 2 do all[#all + 1] = {tonumber(found[i + 1]), found[i]} end
+      end
+      table.sort(all, function(a, b) return a[1] < b[1] or a[1] == b[1] and a[2] < b[2] end)
+      return all
+    end
+    local function first(key) return score(call('ZRANGE', key, 0, 0, 'WITHSCORES')[2]) end
+    local function after(key)
+      return score(call('ZRANGEBYSCORE', key, '(' .. now, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)[2])
+    end
+    for _, r in ipairs(asked) do
+      local job, free, parallelism = unpack(r)
+      local due, busy = P .. 'due:' .. job, P .. 'busy:' .. job
+      if held then free = again(job, free) end
+      local waits, ends = first(due), first(busy)
+      if waits and waits <= now or ends and ends <= now then
+        local n = math.min(free, room, parallelism - call('ZCOUNT', busy, '(' .. now, '+inf'))
+        if n > 0 then
+          local all = oldest(due, busy, n)
+          for k = 1, math.min(n, #all) do if room > 0 then take(job, all[k][2]) end end
+        end
+        waits, ends = after(due), after(busy)
+      end
+      later(waits)
+      later(ends)
+    end
+    if room <= 0 then next_due = now end
+    return cjson.encode({now, runs, next_due or false, call('SMEMBERS', P .. 'flag:' .. owner)})
+    """
+    beat: str = """
+    local lease, out = assert(tonumber(ARGV[2])), {}
+    if ARGV[3] == '1' then
+      call('ZADD', P .. 'workers', now, ARGV[1])
+      call('ZREMRANGEBYSCORE', P .. 'workers', '-inf', now - 3 * lease)
+    end
+    for n, r in ipairs(rows(4, 2)) do
+      local known = call('HMGET', P .. 'run:' .. r[1], 'token', 'owner', 'state', 'job', 'cancel')
+      local ours = known[1] == r[2] and known[2] and not known[3]
+      if ours then call('ZADD', P .. 'busy:' .. known[4], now + lease, r[1]) end
+      out[n] = ours and (known[5] and 1 or 0) or -1
+    end
+    return cjson.encode({now, out})
+    """
+    # a token that is right, of a run that has ended or has no owner: this was said before, and the answer was lost
+    settle: str = """
+    local keep, back, out = assert(tonumber(ARGV[2])), false, {}
+    local function again(run, r, known)
+      local id, job, tries = r[1], r[3], known[6] - r[8]
+      call('HDEL', run, 'owner')
+      call('HSET', run, 'tries', tries, 'error', r[10])
+      call('ZADD', P .. 'due:' .. job, r[8] == 1 and r[4] or now + r[7], id)
+      if tries > 0 then call('ZADD', P .. 'retry', now + r[7], id) end
+      back = back or r[8] == 1
+    end
+    local function finish(run, r, known, state)
+      local id, job, is_call = r[1], r[3], r[5] == '1'
+      if known[4] then call('SREM', P .. 'flag:' .. known[2], id) end
+      if not is_call then call('SREM', P .. 'ticks:' .. job, id) end
+      if not is_call and not known[5] and state == 'succeeded' then call('DEL', run) return end
+      remember(run, keep, state, r[9], r[10], r[11], r[12])
+      if state == 'failed' then
+        call('ZADD', P .. 'failed', now, id)
+        call('ZREMRANGEBYSCORE', P .. 'failed', '-inf', now - keep)
+        call('ZREMRANGEBYRANK', P .. 'failed', 0, -1001)
+      end
+      wake_waiting(known[5])
+    end
+    for n, r in ipairs(rows(3, 12, 4, 7, 8, 9)) do
+      local id, token, job, state = r[1], r[2], r[3], r[6]
+      local run = P .. 'run:' .. id
+      local known = call('HMGET', run, 'token', 'owner', 'state', 'cancel', 'awaited', 'tries')
+      out[n] = 'done'
+      if known[1] ~= token then
+        out[n] = 'refused'
+      elseif known[3] then
+        out[n] = state == 'scheduled' and known[3] == 'cancelled' and 'cancelled' or 'done'
+      elseif known[2] then
+        call('ZREM', P .. 'busy:' .. job, id)
+        if state == 'scheduled' and not known[4] then again(run, r, known)
+        elseif state == 'scheduled' then finish(run, r, known, 'cancelled') out[n] = 'cancelled'
+        else finish(run, r, known, state) end
+      end
+    end
+    if back then wake_workers() end
+    return cjson.encode({now, out})
+    """
+    cancel: str = """
+    local keep, job, id, first, repeated, reason = assert(tonumber(ARGV[2])), unpack(ARGV, 3)
+    local due, busy, found = P .. 'due:' .. job, P .. 'busy:' .. job, {}
+    local function signal(id, owner)
+      call('HSET', P .. 'run:' .. id, 'cancel', 1)
+      call('SADD', P .. 'flag:' .. owner, id)
+      call('PEXPIRE', P .. 'flag:' .. owner, 86400000)
+      wake(owner)
+    end
+    local function remove(id, known)
+      local run = P .. 'run:' .. id
+      call('ZREM', due, id)
+      call('ZREM', busy, id)
+      call('ZREM', P .. 'retry', id)
+      call('SREM', P .. 'ticks:' .. job, id)
+      if not known[1] or known[4] then return end
+      call('HINCRBY', run, 'token', 1)  -- its last owner may only have been slow
+      remember(run, keep, 'cancelled', known[5] or 0, known[6] or '', reason, '')
+      wake_waiting(known[7])
+    end
+    local function one(id)
+      local known = call('HMGET', P .. 'run:' .. id, 'job', 'owner', 'at', 'state', 'tries', 'error', 'awaited')
+      if known[1] and known[1] ~= job then return end
+      local ends = score(call('ZSCORE', busy, id))
+      local runs = known[2] and ends and ends > now
+      if runs then signal(id, known[2]) else remove(id, known) end
+      if known[1] and (not known[4] or known[4] == 'cancelled' and repeated == '1') then
+        found[#found + 1] = {id, runs and true or false, known[3]}
+      end
+    end
+    local some = id == '' and call('ZRANGE', due, 0, 499) or {id}
+    if id == '' and first == '1' then
+      for _, other in ipairs(call('ZRANGE', busy, 0, -1)) do one(other) end
+    end
+    for _, other in ipairs(some) do one(other) end
+    return cjson.encode({#some == 500, found})
+    """
+    find: str = """
+    local run, me = P .. 'run:' .. ARGV[2], ARGV[1] .. '\\n'
+    local known = call('HMGET', run, 'job', 'state', 'awaited')
+    if ARGV[3] == '1' and known[1] and not known[2] and not string.find(known[3] or '', me, 1, true) then
+      call('HSET', run, 'awaited', (known[3] or '') .. me)
+    end
+    return cjson.encode({row(ARGV[2])})
+    """
+    overview: str = """
+    local n, names = assert(tonumber(ARGV[2])), call('SMEMBERS', P .. 'jobs')
+    local function cut(list, limit)
+      table.sort(list, function(a, b) return a[1] < b[1] or a[1] == b[1] and a[2] < b[2] end)
+      for k = #list, limit + 1, -1 do list[k] = nil end
+    end
+    local function add(list, limit, found)
+      for i = 1, #found, 2 do list[#list + 1] = {tonumber(found[i + 1]), found[i]} end
+      if #list > 2 * limit + 100 then cut(list, limit) end
+    end
+    local retries = math.min(1000, call('ZCARD', P .. 'retry'))  -- they stand among what is due
+    local due, running, retrying = {}, {}, {}
+    add(retrying, n, call('ZRANGE', P .. 'retry', 0, n - 1, 'WITHSCORES'))
+    for _, job in ipairs(names) do
+      local key = P .. 'busy:' .. job
+      add(due, n + retries, call('ZRANGE', P .. 'due:' .. job, 0, n + retries - 1, 'WITHSCORES'))
+      add(running, 1000, call('ZRANGEBYSCORE', key, '(' .. now, '+inf', 'WITHSCORES', 'LIMIT', 0, 1000))
+      add(retrying, n, call('ZRANGEBYSCORE', key, '-inf', now, 'WITHSCORES', 'LIMIT', 0, n))
+    end
+    local function shown(list, limit, skip)
+      local out = {}
+      cut(list, limit + retries)
+      for _, one in ipairs(list) do
+        local found = #out < limit and not (skip and call('ZSCORE', skip, one[2])) and row(one[2])
+        if found then out[#out + 1] = found end
+      end
+      return out
+    end
+    local failed = {}
+    for _, id in ipairs(call('ZREVRANGE', P .. 'failed', 0, n - 1)) do
+      local found = row(id)
+      if found and found[3] == 'failed' then failed[#failed + 1] = found end
+    end
+    local jobs = {call('HGETALL', P .. 'tick'), call('HGETALL', P .. 'schedule'), call('HGETALL', P .. 'timeout')}
+    return cjson.encode({now, jobs, shown(running, 1000), shown(due, n, P .. 'retry'), shown(retrying, n), failed})
+    """
+
+
+_REDIS = _RedisScripts()
+
+
+class _RedisConnection(Protocol):
+    """What is used of redis-py's connections; in its versions 5 to 8 they are the same, and half as dear as clients."""
+
+    async def connect(self) -> None: ...
+    async def disconnect(self, nowait: bool = False) -> None: ...
+    async def send_packed_command(self, command: bytes, check_health: bool = True) -> None: ...
+    async def read_response(
+        self, disable_decoding: bool = False, timeout: float | None = None, *, push_request: bool | None = False
+    ) -> Any: ...
+
+
+class _RedisClient(Protocol):
+    """A `redis.asyncio.Redis`."""
+
+    @property
+    def connection_pool(self) -> Any: ...
+
+
+class RedisStore:
+    """A Redis server, 5 or later, that the processes of many machines share; its clock decides.
+
+    It must not evict (`maxmemory-policy noeviction`), and forgets at a restart what it has not saved: `appendonly yes`.
+    An asynchronous failover can lose the last writes.
+
+    Args:
+        url_or_client: "redis://", "rediss://" or "unix://" and whatever redis-py takes in a URL, or a
+            `redis.asyncio.Redis`, whose settings are used for connections of our own; it is not closed.
+        prefix: of the keys: two applications can share a database. Default: "bgjob".
+        lease: how long the runs of an instance that died stay its own; 10 s or more is wise. Default: 30 s.
+        keep: how long ends and results are kept, and keys taken. Default: a day.
+
+    Raises:
+        StoreError: the URL or the prefix is wrong; from `run()`: the driver is missing, or the server refuses: a wrong
+            password or database, missing rights, or it evicts.
+        ScheduleError: a duration is wrong.
+    """
+
+    poll = 5000
+
+    def __init__(
+        self,
+        url_or_client: str | _RedisClient,
+        *,
+        prefix: str = "bgjob",
+        lease: Duration = "30s",
+        keep: Duration = "1d",
+    ) -> None:
+        self._source = url_or_client
+        self._shown = _redis_place(url_or_client)
+        self.lease = _lease(lease)
+        self.keep = _duration("keep", keep, 1)
+        self._key = f"{{{_checked_prefix(prefix)}}}:"
+        self._limit = min(_VERB_LIMIT, self.lease / 4000)
+        self._heads: dict[str, tuple[bytes, bytes]] = {}
+        self._held: dict[str, int] = {}  # claimed runs that we know of
+        self._unanswered: set[str] = set()  # cancels
+        self._ears: _RedisConnection | None = None
+        self._listener: asyncio.Task[None] | None = None
+        self._opened = False
+
+    def __repr__(self) -> str:
+        return f"RedisStore({self._shown!r})"
+
+    # Open and close
+
+    async def open(self, owner: str, hint: Callable[[], None]) -> None:
+        if self._opened:
+            raise BgjobError(f"{self!r} is in use: one run() or running() per store object; make another")
+        self._configure()
+        self._owner, self._hint = owner, hint
+        self._loop = asyncio.get_running_loop()
+        self._slots: asyncio.LifoQueue[_RedisConnection | None] = asyncio.LifoQueue()
+        for _ in range(_REDIS_CONNECTIONS):
+            self._slots.put_nowait(None)
+        self._heads.clear()
+        self._held.clear()
+        self._unanswered.clear()
+        self._doubtful = -math.inf
+        self._works = self._greeted = False
+        self._opened = True
+        try:
+            with suppress(Unreachable):  # then each verb tries to connect
+                await self._call(_REDIS.enlist)
+                self._ears = await self._subscribe()
+        except BaseException:
+            await self.close()
+            raise
+        self._listener = self._loop.create_task(self._listen(), name="bgjob redis")
+
+    def _configure(self) -> None:
+        """Find out how connections are made, from the URL or from the client."""
+        redis = _driver("redis.asyncio", "redis")
+        self._errors = _driver("redis.exceptions", "redis")
+        if isinstance(self._source, str):
+            try:
+                pool = redis.ConnectionPool.from_url(self._source)
+            except ValueError:  # its text may be a piece of the password
+                raise StoreError(
+                    f"{self!r}: not a URL that redis-py can read; is the password percent-encoded?"
+                ) from None
+        elif isinstance(self._source, redis.Redis):
+            pool = self._source.connection_pool
+        else:
+            raise StoreError(f"{self!r}: pass a URL or a redis.asyncio.Redis, not a {type(self._source).__name__}")
+        ours: dict[str, object] = {"protocol": 2, "socket_timeout": None, "retry": None, "retry_on_error": list[type]()}
+        settings = {name: value for name, value in pool.connection_kwargs.items() if not name.startswith("maint_")}
+        self._make = functools.partial(pool.connection_class, **settings | ours)
+        try:
+            self._make()
+        except TypeError as error:  # an unknown option in the URL
+            raise StoreError(f"{self!r}: {error}") from None
+
+    async def close(self) -> None:
+        if not self._opened:
+            return
+        self._opened = False
+        if self._listener is not None:
+            self._listener.cancel()
+            await asyncio.wait({self._listener})
+            self._listener = None
+        if self._ears is not None:
+            await self._drop(self._ears)
+            self._ears = None
+        while not self._slots.empty():
+            connection = self._slots.get_nowait()
+            if connection is not None:
+                await self._drop(connection)
+
+    async def _drop(self, connection: _RedisConnection) -> None:
+        with suppress(Exception):
+            await connection.disconnect(nowait=True)
+
+    # Connections and errors
+
+    async def _connect(self) -> _RedisConnection:
+        connection = cast(_RedisConnection, self._make())
+        try:
+            await connection.connect()
+            if not self._greeted:
+                await connection.send_packed_command(b"*1\r\n$4\r\nINFO\r\n", check_health=False)
+                self._greet(await connection.read_response(disable_decoding=True))
+        except BaseException:
+            await self._drop(connection)
+            raise
+        return connection
+
+    def _greet(self, info: bytes) -> None:
+        """Refuse a server that would lose runs."""
+        facts = dict(line.split(":", 1) for line in info.decode().splitlines() if ":" in line)
+        version = facts.get("redis_version", "5")
+        if int(version.partition(".")[0]) < 5:
+            raise StoreError(f"{self!r}: needs Redis 5, the server is {version}")
+        policy = facts.get("maxmemory_policy", "noeviction")
+        if policy != "noeviction" and facts.get("maxmemory", "0") != "0":
+            raise StoreError(
+                f"{self!r}: with maxmemory-policy {policy} it would delete runs to free memory; "
+                "set maxmemory-policy noeviction"
+            )
+        if facts.get("aof_enabled") == "0" and not self._greeted:
+            _log.warning("%r: a restart of Redis forgets runs; set appendonly yes", self)
+        self._greeted = True
+
+    async def _call(self, script: str, *arguments: str | int) -> bytes:
+        """What a script answers, in one round trip; two where the server doesn't know it, or no longer."""
+        by_name, by_text = self._heads.get(script) or self._learn(script)
+        count, tail = len(arguments) + 5, b"".join(map(_redis_bulk, arguments))
+        try:
+            async with asyncio.timeout(self._limit):
+                try:
+                    return await self._ask(b"*%d\r\n%b%b" % (count, by_name, tail))
+                except self._errors.NoScriptError:
+                    return await self._ask(b"*%d\r\n%b%b" % (count, by_text, tail))
+        except (self._errors.RedisError, OSError, TimeoutError) as error:
+            raise self._error(error) from error
+
+    async def _facts(self, script: str, *arguments: str | int) -> Any:
+        return _loads(await self._call(script, *arguments))
+
+    def _learn(self, script: str) -> tuple[bytes, bytes]:
+        """The beginning of a command that runs a script, by its name and by its text, with us as first argument."""
+        import hashlib
+
+        text = _REDIS_PRELUDE + script
+        name = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+        end = _redis_bulk(1) + _redis_bulk(self._key) + _redis_bulk(self._owner)
+        heads = _redis_bulk("EVALSHA") + _redis_bulk(name) + end, _redis_bulk("EVAL") + _redis_bulk(text) + end
+        self._heads[script] = heads
+        return heads
+
+    async def _ask(self, command: bytes) -> bytes:
+        connection = await self._slots.get()
+        try:
+            if connection is not None:
+                with suppress(self._errors.ConnectionError):  # it may have died long ago, which is no outage
+                    return await self._round_trip(connection, command)
+                self._loop.call_soon(self._hint)  # or this answer was lost, and with it runs: claim
+                connection = None
+            connection = await self._connect()
+            return await self._round_trip(connection, command)
+        except BaseException as error:
+            if not isinstance(error, self._errors.ResponseError):
+                connection = None
+            raise
+        finally:
+            await self._give_back(connection)
+
+    async def _round_trip(self, connection: _RedisConnection, command: bytes) -> bytes:
+        try:
+            await connection.send_packed_command(command, check_health=False)
+            return cast(bytes, await connection.read_response(disable_decoding=True))
+        except self._errors.ResponseError:
+            raise
+        except BaseException:
+            self._doubtful = self._loop.time() + self.lease / 1000
+            await self._drop(connection)
+            raise
+
+    async def _give_back(self, connection: _RedisConnection | None) -> None:
+        if self._opened:
+            self._slots.put_nowait(connection)
+        elif connection is not None:
+            await self._drop(connection)
+
+    async def _each(
+        self, script: str, fixed: Sequence[str | int], items: Iterable[Sequence[str | int]]
+    ) -> tuple[int, list[Any]]:
+        """`now`, and what a script answers to each item, in as many calls as keep the server's pauses short."""
+        now, answers = 0, list[Any]()
+        for part in _redis_parts(items):
+            now, some = await self._facts(script, *fixed, *part)
+            answers += some
+        return now, answers
+
+    def _error(self, error: Exception) -> StoreError:
+        errors, text = self._errors, str(error).partition("\n")[0] or type(error).__name__
+        if isinstance(error, TimeoutError):
+            return Unreachable(f"{self!r}: no answer within {self._limit:g} s")
+        passing = (
+            OSError, errors.ConnectionError, errors.TimeoutError, errors.ReadOnlyError, errors.OutOfMemoryError,
+            errors.ClusterDownError, errors.TryAgainError,
+        )  # fmt: skip
+        refused = isinstance(error, (errors.AuthenticationError, errors.AuthorizationError))
+        outage = isinstance(error, passing) or _REDIS_PASSING.search(text) is not None
+        return (Unreachable if outage and not refused else StoreError)(f"{self!r}: {text}")
+
+    # Hints
+
+    async def _subscribe(self) -> _RedisConnection:
+        connection = cast(_RedisConnection, self._make())
+        command = b"*2\r\n" + _redis_bulk("SUBSCRIBE") + _redis_bulk(f"{self._key}wake:{self._owner}")
+        try:
+            async with asyncio.timeout(self._limit):
+                await connection.connect()
+                await connection.send_packed_command(command, check_health=False)
+                await connection.read_response(disable_decoding=True)
+        except (self._errors.RedisError, OSError, TimeoutError) as error:
+            await self._drop(connection)
+            raise self._error(error) from error
+        except BaseException:
+            await self._drop(connection)
+            raise
+        return connection
+
+    async def _listen(self) -> None:
+        """Be woken, for ever; without it the engine looks every now and then."""
+        failures = 0
+        while True:
+            try:
+                if self._ears is None:
+                    self._ears = await self._subscribe()
+                    self._hint()
+                failures = 0
+                await self._hear(self._ears)
+            except (StoreError, self._errors.RedisError, OSError):
+                pass  # the verbs meet it too, and say so
+            if self._ears is not None:
+                await self._drop(self._ears)
+                self._ears = None
+            top = min(_BACKOFF_FIRST << min(failures, 10), _BACKOFF_LAST)
+            failures += 1
+            await asyncio.sleep((top - _spread(f"{self._owner} {failures}", top // 2)) / 1000)
+
+    async def _hear(self, ears: _RedisConnection) -> None:
+        """Pass hints on, until the connection is dead: one that stays silent is asked, for it may be half-open."""
+        asked = False
+        while True:
+            message = await ears.read_response(disable_decoding=True, timeout=_REDIS_SILENCE)
+            if message is None:
+                if asked:
+                    return
+                await ears.send_packed_command(b"*1\r\n$4\r\nPING\r\n", check_health=False)
+            elif message[0] == b"message":
+                self._hint()
+            asked = message is None
+
+    # The verbs
+
+    async def enlist(self, jobs: Mapping[str, Listing]) -> tuple[int, Mapping[str, int]]:
+        at = 0
+        if any(one.immediate for one in jobs.values()):
+            at, _ = await self._each(_REDIS.enlist, (), ())  # the server can't write the id of a tick
+        now, lasts = await self._each(
+            _REDIS.enlist,
+            (),
+            [(job, one.schedule, one.timeout or "", one.immediate, _tick_id(job, at), at) for job, one in jobs.items()],
+        )
+        self._works = self._works or bool(jobs)
+        return now, dict(zip(jobs, lasts, strict=True))
+
+    async def tick(self, ticks: Sequence[Tick]) -> tuple[int, Sequence[Answer]]:
+        ids = [tick.id for tick in ticks]
+        items = [(id, *tick) for id, tick in zip(ids, ticks, strict=True)]
+        now, answers = await self._each(_REDIS.tick, (self.lease,), items)
+        if len(answers) < len(ticks):
+            raise Unreachable(f"{self!r}: its jobs were deleted")
+        return now, [self._answer(tick, id, *answer) for tick, id, answer in zip(ticks, ids, answers, strict=True)]
+
+    def _answer(self, tick: Tick, id: str, word: Any, last: int, started: int) -> Answer:
+        if not started:
+            return Answer(tick, word, last)
+        self._held[id] = 1
+        return Answer(tick, word, last, Claimed(id, tick.job, tick.at, False, "", 1, 0, 1, False))
+
+    async def push(self, calls: Sequence[Call], wake: bool) -> Sequence[int | None]:
+        items = [
+            (call.id, call.job, 0, call.delay, call.args)
+            if call.at is None
+            else (call.id, call.job, call.at, -1, call.args)
+            for call in calls
+        ]
+        stored: list[bytes] = []
+        for part in _redis_parts(items):
+            stored += (await self._call(_REDIS.push, self.poll if wake else -_CENTURY, *part)).split()
+        return [None if at == b"-" else int(at) for at in stored]
+
+    async def claim(self, free: Mapping[str, tuple[int, int]]) -> News:
+        doubt = self._loop.time() < self._doubtful
+        held = _dumps(self._held) if doubt else ""
+        asked = [argument for job, slots in free.items() for argument in (job, *slots)]
+        now, found, next_due, flagged = await self._facts(_REDIS.claim, self.lease, _AT_ONCE, held, *asked)
+        runs = [Claimed(id, job, int(at), *rest) for id, job, at, *rest in found]
+        self._held.update((run.id, run.token) for run in runs)
+        return News(now, runs, int(next_due) if next_due else None, [*flagged])
+
+    async def beat(self, runs: Mapping[str, int]) -> Mapping[str, bool]:
+        _, answers = await self._each(_REDIS.beat, (self.lease, self._works), runs.items())
+        for (id, token), answer in zip(runs.items(), answers, strict=True):
+            if answer < 0:
+                self._let_go(id, token)
+        return {id: answer == 1 for id, answer in zip(runs, answers, strict=True) if answer >= 0}
+
+    def _let_go(self, id: str, token: int) -> None:
+        if self._held.get(id) == token:
+            del self._held[id]
+
+    async def settle(self, ended: Sequence[Settlement]) -> Sequence[_Settled]:
+        items = [
+            (
+                end.id, end.token, end.job, end.at, end.call, end.state, end.delay, end.back, end.attempt,
+                end.error or "", end.reason or "", end.result or "",
+            )
+            for end in ended
+        ]  # fmt: skip
+        _, answers = await self._each(_REDIS.settle, (self.keep,), items)
+        for end in ended:
+            self._let_go(end.id, end.token)
+        return answers
+
+    async def cancel(self, job: str, id: str | None = None) -> Mapping[str, Cancelled]:
+        found: dict[str, Cancelled] = {}
+        more = first = True
+        repeated = id in self._unanswered
+        if id is not None:
+            self._unanswered.add(id)  # until there is an answer
+        while more:
+            more, some = await self._facts(_REDIS.cancel, self.keep, job, id or "", first, repeated, _Stop.CANCEL)
+            found.update((run, Cancelled(signalled, int(at))) for run, signalled, at in some)
+            first = False
+        self._unanswered.discard(id or "")
+        return found
+
+    async def find(self, id: str, watch: bool = False) -> Row | None:
+        (row,) = await self._facts(_REDIS.find, id, watch)
+        return _redis_row(row) if row else None
+
+    async def overview(self, n: int) -> Overview:
+        now, jobs, running, *lists = await self._facts(_REDIS.overview, n)
+        lasts, schedules, timeouts = (dict(zip(flat[::2], flat[1::2], strict=True)) for flat in map(list[str], jobs))
+        listed = [
+            Standing(job, int(last), schedules.get(job, ""), int(timeouts.get(job) or 0) or None)
+            for job, last in sorted(lasts.items())
+        ]
+        due, retrying, failed = ([_redis_row(row) for row in rows] for rows in lists)
+        return Overview(
+            now, listed, sorted(map(_redis_row, running), key=lambda row: row.since or 0), due, retrying, failed
+        )
+
+
+def _redis_row(row: Sequence[Any]) -> Row:
+    id, job, state, at, due, args, attempt, token, owner, since, finished, error, reason, result = row
+    return Row(
+        id, job, State(state), int(at), int(due), args, int(attempt or 0), int(token or 0), owner or None,
+        int(since) if since else None, int(finished) if finished else None, error or None, reason or None,
+        result or None,
+    )  # fmt: skip
+
+
+def _redis_place(source: object) -> str:
+    """Where the server is, to be shown."""
+    if isinstance(source, str):
+        shown = _no_password(source)
+        if re.match("(rediss?|unix)://", source) is None:
+            raise StoreError(f"{shown!r}: write redis://host:6379/0, rediss:// or unix:///path")
+        path = source.partition("://")[2].partition("?")[0].partition("/")[2]
+        if not source.startswith("unix") and path and not path.isdecimal():
+            raise StoreError(f"{shown!r}: after the host comes the number of a database, as in redis://host:6379/0")
+        return shown
+    settings = getattr(getattr(source, "connection_pool", None), "connection_kwargs", None)
+    if settings is None:
+        raise StoreError(f"{type(source).__name__!r}: pass a URL or a redis.asyncio.Redis")
+    where = settings.get("path") or f"{settings.get('host', 'localhost')}:{settings.get('port', 6379)}"
+    return f"{where}/{settings.get('db') or 0}"
+
+
+def _redis_bulk(word: str | int) -> bytes:
+    raw = word.encode(errors="replace") if isinstance(word, str) else b"%d" % word
+    return b"$%d\r\n%b\r\n" % (len(raw), raw)
+
+
+def _redis_parts(items: Iterable[Sequence[str | int]]) -> Iterator[list[str | int]]:
+    """Arguments for calls of no more than `_AT_ONCE` items, and not much more than 4 MB; at least one call."""
+    part, count, size = list[str | int](), 0, 0
+    for item in items:
+        if count == _AT_ONCE or size > 4_000_000:
+            yield part
+            part, count, size = [], 0, 0
+        part += item
+        count, size = count + 1, size + len(str(item[-1]))
+    yield part
+
+
 def _store_of(store: Store | str) -> Store:
     """The store meant by a URL; anything that isn't text is one."""
     if not isinstance(store, str):
         return store
-    if store.startswith(("postgresql://", "postgres://")):
-        return _postgres_of(store)
-    from urllib.parse import parse_qsl, unquote, urlsplit
-
-    url = urlsplit(store)
-    options = dict(parse_qsl(url.query, keep_blank_values=True))
-    unknown = options.keys() - {"prefix", "lease", "keep"}
-    if unknown:
-        raise StoreError(f"store={_no_password(store)!r}: unknown option {sorted(unknown)[0]!r}; prefix, lease, keep")
-    if url.scheme == "sqlite":
-        if url.netloc or len(url.path) < 2:
-            raise StoreError(f"store={store!r}: write sqlite:///jobs.db, or sqlite:////var/lib/jobs.db where absolute")
-        return SQLiteStore(unquote(url.path[1:]), **options)
-    raise StoreError(f"store={_no_password(store)!r}: write sqlite:///jobs.db or postgresql://user@host:5432/database")
+    scheme = store.partition(":")[0]
+    url, options = _our_options(store)
+    if scheme in ("postgresql", "postgres"):
+        return PostgresStore(url, **options)
+    if scheme in ("redis", "rediss", "unix"):
+        return RedisStore(url, **options)
+    if scheme == "sqlite":
+        return SQLiteStore(_sqlite_path(store, url), **options)
+    known = "sqlite:///jobs.db, postgresql://user@host/database or redis://host/0"
+    raise StoreError(f"store={_no_password(store)!r}: write {known}")
 
 
-def _postgres_of(url: str) -> PostgresStore:
-    """By hand, for what urllib says of a URL that it can't read shows a password. Other options are asyncpg's."""
+def _our_options(url: str) -> tuple[str, dict[str, str]]:
+    """Divide a URL: the rest is the driver's. By hand, for urllib's error for what it can't read shows a password."""
     from urllib.parse import unquote_plus
 
     base, _, query = url.partition("?")
     named = [(text.partition("="), text) for text in query.split("&") if text]
     ours = {name: unquote_plus(value) for (name, _, value), _ in named if name in ("prefix", "lease", "keep")}
     rest = "&".join(text for (name, _, _), text in named if name not in ours)
-    return PostgresStore(f"{base}?{rest}" if rest else base, **ours)
+    return (f"{base}?{rest}" if rest else base), ours
+
+
+def _sqlite_path(store: str, url: str) -> str:
+    from urllib.parse import unquote
+
+    base, _, unknown = url.partition("?")
+    if unknown:
+        option = unknown.partition("=")[0]
+        raise StoreError(f"store={_no_password(store)!r}: unknown option {option!r}; prefix, lease and keep are known")
+    path = base.removeprefix("sqlite:///")
+    if path == base or not path:
+        example = "sqlite:///jobs.db, or sqlite:////var/lib/jobs.db where absolute"
+        raise StoreError(f"store={_no_password(store)!r}: write {example}")
+    return unquote(path)
 
 
 def _no_password(url: str) -> str:

@@ -6,7 +6,9 @@ import calendar
 import contextlib
 import functools
 import gc
+import hashlib
 import importlib.metadata
+import importlib.util
 import itertools
 import logging
 import os
@@ -26,7 +28,14 @@ import time
 import traceback
 import zoneinfo
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    closing,
+    contextmanager,
+    suppress,
+)
 from contextvars import ContextVar
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from itertools import islice, takewhile
@@ -3328,7 +3337,11 @@ class TestConformance:
             with pytest.raises(RunFailed):
                 await (await job.after(0, key="a").submit()).result(20)
             await (await job.after(0, key="b").submit()).result(20)
-        lines = [(record.levelname, record.getMessage(), bool(record.exc_info)) for record in caplog.records]
+        lines = [
+            (record.levelname, record.getMessage(), bool(record.exc_info))
+            for record in caplog.records
+            if "appendonly" not in record.msg
+        ]
         assert lines[0][1].startswith(f"bgjob {bgjob.__version__} runs 1 jobs")
         assert lines[1:3] == [
             ("WARNING", "work#a failed at attempt 1 of 2: ValueError: failure 1; retry in 0 s", False),
@@ -5020,3 +5033,549 @@ class TestPostgres:
                 run = await job.after("1ms", key="same").submit(number)
                 assert await run.result(20) == number
         assert [work.args for work in works] == [[0], [1]]
+
+
+class RedisServer:
+    """A Redis of the test's own, which it can kill; what it stored survives."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.options = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", "",
+                        "--appendonly", "yes", "--appendfsync", "always", *options]  # fmt: skip
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def url(self, **options: object) -> str:
+        return f"redis://127.0.0.1:{self.port}/?{urlencode(options)}"
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(["redis-server", *self.options], stdout=subprocess.DEVNULL)
+        for _ in range(500):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as client:
+                client.sendall(b"PING\r\n")
+                if b"LOADING" not in client.recv(100):
+                    return
+            time.sleep(0.02)
+        pytest.fail("redis-server doesn't start")
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    async def ask(self, *words: object) -> Any:
+        async with redis_client(f"redis://127.0.0.1:{self.port}") as client:
+            return await client.execute_command(*words)
+
+
+def redis_client(url: str, **options: object) -> Any:
+    return importlib.import_module("redis.asyncio").from_url(url, **options)
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    if shutil.which("redis-server") is None or importlib.util.find_spec("redis") is None:
+        refuse_server("no redis-server, or no redis-py, in the path")
+    server = RedisServer(tmp_path)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def shared_redis(tmp_path: Path) -> Iterator[RedisPlace]:
+    found = found_place("redis", tmp_path)
+    yield found
+    asyncio.run(found.drop())
+
+
+class Proxy:
+    """Between a client and its server: it can lose answers of what was done, forward nothing, and refuse."""
+
+    def __init__(self, server: RedisServer) -> None:
+        self.server = server
+        self.lose: Callable[[bytes], bool] = lambda asked: False
+        self.silent = self.closed = False
+        self.lost = 0
+        self.writers: set[asyncio.StreamWriter] = set()
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> "Proxy":
+        self.listener = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+        self.port = self.listener.sockets[0].getsockname()[1]
+        return self
+
+    def url(self, **options: object) -> str:
+        return f"redis://127.0.0.1:{self.port}/?{urlencode(options)}"
+
+    async def __aexit__(self, *_: object) -> None:
+        self.listener.close()
+        self.cut()
+        while self.tasks:
+            await asyncio.wait(self.tasks.copy())
+
+    def cut(self) -> None:
+        for writer in self.writers:
+            writer.close()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        self.writers.add(writer)
+        with suppress(OSError):
+            if not self.closed:
+                there = await asyncio.open_connection("127.0.0.1", self.server.port)
+                self.writers.add(there[1])
+                asked = [b""]
+                async with asyncio.TaskGroup() as both:
+                    both.create_task(self.forward(reader, there[1], asked))
+                    both.create_task(self.answer(there[0], writer, asked, there[1]))
+        writer.close()
+
+    async def forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: list[bytes]) -> None:
+        with suppress(OSError):
+            while data := await reader.read(1 << 16):
+                asked[0] = data
+                if not self.silent:
+                    writer.write(data)
+        writer.close()
+
+    async def answer(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        asked: list[bytes],
+        there: asyncio.StreamWriter,
+    ) -> None:
+        with suppress(OSError):
+            while data := await reader.read(1 << 16):
+                if self.lose(asked[0]):
+                    self.lost += 1
+                    there.close()
+                    break
+                if not self.silent:
+                    writer.write(data)
+        writer.close()
+
+
+@asynccontextmanager
+async def opened(store: bgjob.RedisStore, owner: str = "me") -> AsyncIterator[bgjob.RedisStore]:
+    await store.open(owner, lambda: None)
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+def script_of(verb: str) -> bytes:
+    """How a call of a verb's script begins, the first apart, which brings its text."""
+    text = bgjob._REDIS_PRELUDE + getattr(bgjob._REDIS, verb)
+    return hashlib.sha1(text.encode()).hexdigest().encode()
+
+
+def a_call(id: str, job: str = "work", delay: int = 0) -> bgjob.Call:
+    return bgjob.Call(id, job, None, delay, "[[1],{}]")
+
+
+def an_end(run: bgjob.Claimed, state: State, delay: int = 0, back: bool = False) -> bgjob.Settlement:
+    return bgjob.Settlement(run.id, run.token, run.job, run.at, run.call, state, delay, back, 1, None, None, "null")
+
+
+class TestRedis:
+    """What only a Redis server can do to its users."""
+
+    @pytest.mark.parametrize(
+        ("url", "message"),
+        [
+            ("redis://:s3cret@h/x", "'redis://…@h/x': after the host comes the number of a database, as in redis://host:6379/0"),
+            ("redis://:s3:cret#@h?bogus=1&password=s3cret", r"RedisStore\('redis://…@h\?bogus=1&password=…'\): not a URL that redis-py can read; is the password percent-encoded\?"),
+            ("redis://u:s3cret@h?bogus=1", r"RedisStore\('redis://…@h\?bogus=1'\): .*unexpected keyword argument 'bogus'"),
+            ("redis://u:s3cret@h?prefix=A", "prefix='A': write up to 30 of a-z, 0-9 and _, a letter first"),
+        ],
+    )  # fmt: skip
+    def test_wrong_urls(self, url: str, message: str) -> None:
+        """A wrong URL is one clear line without the password."""
+        with pytest.raises(StoreError, match=f"^{message}$") as caught:
+            asyncio.run(Registry().run(store=url))
+        assert "s3" not in str(caught.value)
+
+    @in_a_loop
+    async def test_refusals(self, redis_server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+        """A wrong password, database or right is one clear line at once, without the password; it is no outage."""
+        await redis_server.ask("ACL", "SETUSER", "weak", "on", ">s3cret", "~*", "+info", "&*")
+        await redis_server.ask("ACL", "SETUSER", "deaf", "on", ">s3cret", "~*", "+@all", "resetchannels")
+        await redis_server.ask("CONFIG", "SET", "requirepass", "s3cret")
+        place = f"127.0.0.1:{redis_server.port}"
+        for url, message in [
+            (f"redis://:s3cret2@{place}", "invalid username-password pair or user is disabled."),
+            (f"redis://{place}", "Authentication required."),
+            (f"redis://:s3cret@{place}/99", "DB index is out of range"),
+            (f"redis://weak:s3cret@{place}", "this user has no permissions to run the 'evalsha' command"),
+            (f"redis://deaf:s3cret@{place}", "this user has no permissions to access one of the channels"),
+        ]:
+            with pytest.raises(StoreError) as caught:
+                await Registry().run(store=url)
+            assert not isinstance(caught.value, bgjob.Unreachable)
+            shown = url.replace("weak:", ":").replace("deaf:", ":").replace(":s3cret2@", "…@").replace(":s3cret@", "…@")
+            assert str(caught.value).startswith(f"RedisStore({shown!r}): {message}")
+        assert "s3cret" not in caplog.text
+
+    def test_driver_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without redis-py the error says what to install."""
+        monkeypatch.setitem(sys.modules, "redis.asyncio", None)
+        with pytest.raises(StoreError, match=r"^this store needs redis.asyncio: pip install 'bgjob\[redis\]'$"):
+            asyncio.run(Registry().run(store="redis://127.0.0.1"))
+
+    @in_a_loop
+    async def test_eviction_is_refused(self, redis_server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+        """A server that would delete runs to free memory is refused; one that never frees any, or has no limit, isn't."""
+        for policy, limit, refused in (
+            ("allkeys-lru", "1gb", True),
+            ("allkeys-lru", "0", False),
+            ("noeviction", "1gb", False),
+        ):
+            await redis_server.ask("CONFIG", "SET", "maxmemory-policy", policy)
+            await redis_server.ask("CONFIG", "SET", "maxmemory", limit)
+            store = bgjob.RedisStore(redis_server.url())
+            if not refused:
+                async with opened(store):
+                    continue
+            with pytest.raises(
+                StoreError,
+                match="with maxmemory-policy allkeys-lru it would delete runs to free memory; set maxmemory-policy noeviction$",
+            ):
+                await store.open("me", lambda: None)
+        assert "appendonly" not in caplog.text
+        await redis_server.ask("CONFIG", "SET", "appendonly", "no")
+        async with opened(bgjob.RedisStore(redis_server.url())) as store:
+            await asyncio.gather(*(store.find("x") for _ in range(20)))
+        assert caplog.text.count("a restart of Redis forgets runs; set appendonly yes") == 1
+
+    @pytest.mark.parametrize("options", [{}, {"decode_responses": True}, {"protocol": 3}, {"max_connections": 1}])
+    @in_a_loop
+    async def test_ready_client(self, shared_redis: RedisPlace, options: dict[str, Any]) -> None:
+        """A client that is there already is as good as a URL, whatever its settings, and isn't closed."""
+        client = redis_client(shared_redis.server, **options)
+        work = Work()
+        (registry,), (job,) = instances(1, work)
+        store = bgjob.RedisStore(client, prefix=f"{shared_redis.prefix}_x")
+        async with registry.running(store=store):
+            assert await (await job.submit(2)).result(20) == 2
+            with pytest.raises(BgjobError, match="is in use"):
+                await store.open("other", lambda: None)
+        assert await client.ping()
+        await client.aclose()
+
+    def test_other_clients(self) -> None:
+        """A client that blocks, or none at all, is refused."""
+        with pytest.raises(StoreError, match="'int': pass a URL or a redis.asyncio.Redis"):
+            bgjob.RedisStore(5)  # type: ignore[arg-type]
+        client = importlib.import_module("redis").Redis()
+        with pytest.raises(
+            StoreError, match=r"^RedisStore\('localhost:6379/0'\): pass a URL or a redis.asyncio.Redis, not a Redis$"
+        ):
+            asyncio.run(Registry().run(store=bgjob.RedisStore(client)))
+        client.close()
+
+    @in_a_loop
+    async def test_leaves_nothing(self, redis_server: RedisServer) -> None:
+        """After the end no connection of ours is left, also where the start failed."""
+
+        async def connections() -> int:
+            return (await redis_server.ask("CLIENT", "LIST")).count(b"\n")
+
+        before = await connections()
+        (registry,), (job,) = instances(1, Work(parallelism=100))
+        async with registry.running(store=redis_server.url()):
+            runs = await asyncio.gather(*(job.submit(n) for n in range(50)))
+            await asyncio.gather(*(run.result(20) for run in runs))
+            assert await redis_server.ask("PUBSUB", "CHANNELS", "*wake:*")
+        await redis_server.ask("CONFIG", "SET", "maxmemory", "1gb", "maxmemory-policy", "allkeys-lru")
+        with pytest.raises(StoreError):
+            await registry.run(store=redis_server.url())
+        await redis_server.ask("CONFIG", "SET", "maxmemory", "0")
+        for _ in range(20):
+            async with opened(bgjob.RedisStore(redis_server.url())):
+                pass  # before its listener has begun
+        assert await connections() == before
+
+    @in_a_loop
+    async def test_prefixes(self, shared_redis: RedisPlace) -> None:
+        """Two applications in one database don't see each other, and every key of one is in one slot of a cluster."""
+        works = [Work(), Work()]
+        (one,), (first,) = instances(1, works[0])
+        (two,), (second,) = instances(1, works[1])
+        async with going(shared_redis.url("a"), one), going(shared_redis.url("b"), two):
+            runs = [await first.after(0, key="k").submit(1), await second.after(0, key="k").submit(2)]
+            assert [await run.result(20) for run in runs] == [1, 2]
+            later = await first.after("1h").submit(3)
+            assert await two.find(later.id) is None
+            assert await second.cancel() == 0
+            async with shared_redis._client() as client:
+                keys = [key async for key in client.scan_iter(f"*{shared_redis.prefix}*")]
+        assert (works[0].args, works[1].args) == ([1], [2])
+        assert {key.partition(b":")[0] for key in keys} == {
+            b"{%s_%s}" % (shared_redis.prefix.encode(), x) for x in (b"a", b"b")
+        }
+
+    @in_a_loop
+    async def test_script_flush(self, shared_redis: RedisPlace) -> None:
+        """A server that forgets the scripts is told them again: nothing is lost, and no line is logged."""
+        work = Work(parallelism=20)
+        registries, (job, *_) = instances(2, work)
+        async with going(shared_redis.url(), *registries):
+            runs = []
+            for n in range(30):
+                async with shared_redis._client() as client:
+                    await client.script_flush()
+                runs.append(await job.submit(n))
+            assert [await run.result(20) for run in runs] == [*range(30)]
+        assert sorted(work.args) == [*range(30)]
+
+    @in_a_loop
+    async def test_killed_and_restarted(self, redis_server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+        """A server that is killed during runs and comes back: all run once, one line at each end of the outage."""
+        work = Work(parallelism=10)
+        work.release.clear()
+        (here, there), (job, other) = instances(2, work)
+        async with going(redis_server.url(lease="20s"), here, there):
+            runs = [await (job, other)[n % 2].submit(n) for n in range(30)]
+            await until(lambda: work.now == 10)
+            redis_server.kill()
+            work.release.set()
+            await until(lambda: caplog.text.count("store unreachable") == 2)
+            with pytest.raises(StoreError, match="unreachable for 5 s: RedisStore"):
+                await job.submit(99)
+            redis_server.start()
+            assert [await run.result(30) for run in runs] == [*range(30)]
+            assert await (await job.submit(99)).result(20) == 99
+        assert sorted(work.args) == [*range(30), 99]
+        lines = [record.getMessage() for record in caplog.records]
+        assert sum("store unreachable: RedisStore" in line and "; retrying" in line for line in lines) == 2
+        assert sum(line.startswith("store back after") for line in lines) == 2
+        assert {run.attempt for run in work.begun} == {1}
+
+    @in_a_loop
+    async def test_absent_at_start(self, redis_server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+        """A server that isn't there at the start is an outage, which ends when it comes."""
+        redis_server.kill()
+        work = Work(every="100ms")
+        (registry,), _ = instances(1, work)
+        async with going(redis_server.url(), registry):
+            await until(lambda: "store unreachable" in caplog.text)
+            assert not work.begun
+            redis_server.start()
+            await until(lambda: len(work.begun) > 1)
+        assert len(set(work.ticks)) == len(work.ticks)
+
+    @in_a_loop
+    async def test_frozen_server(self, redis_server: RedisServer) -> None:
+        """Each verb gives up in less than a quarter of the lease on a server that doesn't answer, at the start too."""
+        async with Proxy(redis_server) as proxy:
+            store = bgjob.RedisStore(proxy.url(), lease=2)
+            loop = asyncio.get_running_loop()
+
+            async def takes(verb: Callable[[], Awaitable[object]]) -> float:
+                began = loop.time()
+                with pytest.raises(bgjob.Unreachable, match=r"no answer within 0.5 s$"):
+                    await verb()
+                return loop.time() - began
+
+            async with opened(store):
+                await store.beat({})
+                proxy.silent = True
+                assert 0.4 < await takes(lambda: store.claim({"work": (1, 1)})) < 1
+                many = [takes(lambda: store.push([a_call("x")], True)) for _ in range(20)]
+                assert max(await asyncio.gather(*many)) < 1
+            proxy.closed = True
+            began = loop.time()
+            async with opened(bgjob.RedisStore(proxy.url(), lease=2)):
+                assert loop.time() - began < 1
+
+    @in_a_loop
+    async def test_lost_answers(self, redis_server: RedisServer) -> None:
+        """A fifth of all answers is lost after the server did what it was told: nothing runs twice, nothing is lost."""
+        chance = random.Random(1)
+        work = Work(parallelism=8)
+        (here, there), (job, other) = instances(2, work)
+        async with Proxy(redis_server) as proxy:
+            async with going(proxy.url(lease="20s"), here, there):
+                proxy.lose = lambda asked: b"EVAL" in asked and chance.random() < 0.2
+                runs = [await (job, other)[n % 2].submit(n) for n in range(150)]
+                assert [await run.result(50) for run in runs] == [*range(150)]
+                proxy.lose = lambda asked: False
+            assert proxy.lost > 30
+        assert sorted(work.args) == [*range(150)]
+        assert {run.attempt for run in work.begun} == {1}
+
+    @in_a_loop
+    async def test_lost_claims(self, redis_server: RedisServer) -> None:
+        """Runs that were claimed by a call whose answer was lost come with the next claim, as if that were the first."""
+        async with Proxy(redis_server) as proxy, opened(bgjob.RedisStore(proxy.url())) as store:
+            await store.enlist({"tick": bgjob.Listing("x", False, None)})
+            await store.push([a_call("one"), a_call("two")], False)
+            (known,) = (await store.claim({"work": (1, 9)})).runs
+            now = (await store.tick([]))[0]
+            ticks = [bgjob.Tick("tick", now, 0, 1, False, 1, 1)]
+            for verb, again in (("claim", store.claim({"work": (5, 9)})), ("tick", store.tick(ticks))):
+                proxy.lose = lambda asked, verb=verb: script_of(verb) in asked
+                with pytest.raises(bgjob.Unreachable):
+                    await again
+            proxy.lose = lambda asked: False
+            _, (answer,) = await store.tick(ticks)
+            news = await store.claim({"work": (5, 9), "tick": (1, 1)})
+            assert (answer.word, answer.run) == ("lost", None)
+            assert [(run.id, run.tries, run.lost, run.token) for run in news.runs] == [
+                ("two", 1, 0, 1),
+                (ticks[0].id, 1, 0, 1),
+            ]
+            assert not (await store.claim({"work": (5, 9), "tick": (1, 1)})).runs
+            assert await store.beat({known.id: 1, "two": 1, ticks[0].id: 1, "x": 1}) == dict.fromkeys(
+                [known.id, "two", ticks[0].id], False
+            )
+
+    @in_a_loop
+    async def test_said_again(self, redis_server: RedisServer) -> None:
+        """What is said again because the answer was lost changes nothing, and is answered as before."""
+        async with Proxy(redis_server) as proxy, opened(bgjob.RedisStore(proxy.url())) as store:
+
+            async def twice(verb: str, call: Callable[[], Awaitable[Any]]) -> Any:
+                proxy.lose = lambda asked: script_of(verb) in asked
+                with pytest.raises(bgjob.Unreachable):
+                    await call()
+                proxy.lose = lambda asked: False
+                return await call()
+
+            for empty in (store.push([], True), store.claim({}), store.settle([])):
+                await empty
+            await store.cancel("work", "nothing")
+            assert await twice("push", lambda: store.push([a_call("one")], True)) == [None]
+            (run,) = (await store.claim({"work": (1, 1)})).runs
+            assert await twice("settle", lambda: store.settle([an_end(run, State.SCHEDULED, back=True)])) == ["done"]
+            (run,) = (await store.claim({"work": (1, 1)})).runs
+            assert (run.tries, run.token) == (1, 2)
+            assert await twice("settle", lambda: store.settle([an_end(run, State.SCHEDULED)])) == ["done"]
+            found = await twice("cancel", lambda: store.cancel("work", "one"))
+            assert found == {"one": bgjob.Cancelled(False, run.at)}
+            assert await store.cancel("work", "one") == {}
+            assert await store.settle([an_end(run, State.SUCCEEDED)]) == ["refused"]
+            await store.push([a_call("two")], False)
+            (run,) = (await store.claim({"work": (1, 1)})).runs
+            assert list(await store.cancel("work")) == ["two"]
+            assert await twice("settle", lambda: store.settle([an_end(run, State.SCHEDULED)])) == ["cancelled"]
+            row = await store.find("two")
+            assert row is not None
+            assert (row.state, row.token) == (State.CANCELLED, 1)
+
+    @in_a_loop
+    async def test_deaf(self, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Hints are hints: without them what another instance submits is found by looking."""
+
+        async def deaf(store: bgjob.RedisStore) -> None:
+            raise bgjob.Unreachable("deaf")
+
+        monkeypatch.setattr(bgjob.RedisStore, "_subscribe", deaf)
+        monkeypatch.setattr(bgjob.RedisStore, "poll", 300)
+        (here, there), (job, _) = instances(2, Work())
+        async with going(redis_server.url(), here, jobs=[]), going(redis_server.url(), there):
+            assert await (await job.submit(1)).result(20) == 1
+
+    @in_a_loop
+    async def test_hears_again(self, redis_server: RedisServer) -> None:
+        """A subscription that was cut is begun anew."""
+        heard = asyncio.Event()
+        store, other = bgjob.RedisStore(redis_server.url()), bgjob.RedisStore(redis_server.url())
+        await store.open("me", heard.set)
+        await store.enlist({"work": bgjob.Listing("", False, None)})
+        async with opened(other, "other"):
+            await other.push([a_call("one")], True)
+            await asyncio.wait_for(heard.wait(), 10)
+            await redis_server.ask("CLIENT", "KILL", "TYPE", "pubsub")
+            heard.clear()
+            await asyncio.wait_for(heard.wait(), 10)  # what was missed meanwhile
+            heard.clear()
+            await other.push([a_call("two")], True)
+            await asyncio.wait_for(heard.wait(), 10)
+            heard.clear()
+            await store.push([a_call("three")], True)  # its own isn't news
+            await asyncio.sleep(0.2)
+            assert not heard.is_set()
+        await store.close()
+
+    @in_a_loop
+    async def test_outages(self, redis_server: RedisServer) -> None:
+        """A server that can't write for a while, for memory, a script or being a replica, is an outage."""
+        async with opened(bgjob.RedisStore(redis_server.url(), lease="30s")) as store:
+            await redis_server.ask("CONFIG", "SET", "maxmemory", "1")
+            with pytest.raises(bgjob.Unreachable, match="command not allowed when used memory > 'maxmemory'"):
+                await store.push([a_call("one")], True)
+            await redis_server.ask("CONFIG", "SET", "maxmemory", "0")
+            await redis_server.ask("REPLICAOF", "127.0.0.1", "1")
+            with pytest.raises(bgjob.Unreachable, match="You can't write against a read only replica"):
+                await store.push([a_call("one")], True)
+            await redis_server.ask("REPLICAOF", "NO", "ONE")
+            await redis_server.ask("CONFIG", "SET", "lua-time-limit", "50")
+            endless = asyncio.create_task(redis_server.ask("EVAL", "while true do end", 0))
+            await asyncio.sleep(0.3)
+            with pytest.raises(bgjob.Unreachable, match="BUSY Redis is busy running a script"):
+                await store.push([a_call("one")], True)
+            await redis_server.ask("SCRIPT", "KILL")
+            with pytest.raises(importlib.import_module("redis").ResponseError):
+                await endless
+            assert await store.push([a_call("one")], True) != [None]
+
+    @in_a_loop
+    async def test_emptied(self, redis_server: RedisServer) -> None:
+        """A database that is emptied under its instances is begun anew."""
+        work = Work(every="100ms")
+        registries, _ = instances(2, work)
+        async with going(redis_server.url(), *registries):
+            await until(lambda: len(work.begun) > 2)
+            await redis_server.ask("FLUSHALL")
+            number = len(work.begun)
+            await until(lambda: len(work.begun) > number + 2)
+        assert len(set(work.ticks)) == len(work.ticks)
+
+    @in_a_loop
+    async def test_overview(self, shared_redis: RedisPlace) -> None:
+        """What is due and what waits for a retry are told apart, the nearest first; failures are kept for a while."""
+        store = bgjob.RedisStore(shared_redis.server, prefix=f"{shared_redis.prefix}_x", keep="400ms")
+        async with opened(store):
+            await store.push([a_call(f"{n:03}", delay=3_600_000 * (n > 5)) for n in range(30)], False)
+            runs = (await store.claim({"work": (6, 9)})).runs
+            ends = [an_end(run, State.SCHEDULED, delay=n * 1000 + 60_000) for n, run in enumerate(runs[:3])]
+            await store.settle([*ends, an_end(runs[3], State.FAILED), an_end(runs[4], State.SUCCEEDED)])
+            seen = await store.overview(2)
+            assert [[row.id for row in rows] for rows in (seen.running, seen.due, seen.retrying, seen.failed)] == [
+                ["005"], ["006", "007"], ["000", "001"], ["003"],
+            ]  # fmt: skip
+            await asyncio.sleep(0.5)
+            assert (await store.overview(2)).failed == []
+            assert await store.push([a_call("003")], False) != [None]
+            assert len(await store.cancel("work")) == 29
+
+    @in_a_loop
+    async def test_many(self, shared_redis: RedisPlace) -> None:
+        """More than a call may take goes by several: a thousand runs, ten megabytes of arguments."""
+        async with opened(bgjob.RedisStore(shared_redis.server, prefix=f"{shared_redis.prefix}_x", keep="1s")) as store:
+            big = [bgjob.Call(f"big{n}", "big", None, 0, "x" * 1_000_000) for n in range(10)]
+            many = [a_call(f"{n:04}") for n in range(1200)]
+            assert None not in await store.push([*big, *many], False)
+            found, calls = 0, 0
+            while (news := await store.claim({"work": (2000, 2000), "big": (10, 10)})).runs:
+                found, calls = found + len(news.runs), calls + 1
+                assert len(news.runs) <= 500
+                assert sum(len(run.args) for run in news.runs) < 6_000_000
+                if found < 1210:
+                    assert news.next_due is not None
+                    assert news.next_due <= news.now
+            assert (found, calls) == (1210, 5)
+            held = store._held.copy()
+            assert len(await store.beat(held)) == 1210
+            assert len(await store.cancel("work")) == 1200

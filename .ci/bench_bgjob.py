@@ -50,7 +50,7 @@ class StoreAdapter(StoreBase):
     dist = "bgjob"
     modules = ("bgjob",)
     kind = "subject"
-    stores = ("sqlite", "postgres")
+    stores = ("sqlite", "redis", "postgres")
     can_ticks = can_calls = True
 
     def registry(self):
