@@ -5392,8 +5392,8 @@ def _sqlite_path(store: str, url: str) -> str:
 
 
 def _no_password(url: str) -> str:
-    """Up to the last @: a password with / or @ in it must have been quoted, but is none the less secret."""
-    return re.sub(r"(?<=[?&])((?:ssl)?password)=[^&]*", r"\1=…", re.sub("//.*@", "//…@", url))
+    """What of a URL may be shown. Passwords contain slashes and at signs too, and some drivers take them as options."""
+    return re.sub(r"(?i)(password=)[^&\s'\"]*", r"\1…", re.sub(r"(?<!/)//(?!/).*@", "//…@", url))
 
 
 # 11 Registry ----------------------------------------------------------------------------------------------------------

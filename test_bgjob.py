@@ -65,6 +65,7 @@ from bgjob import (
     _duration,
     _Every,
     _newest,
+    _no_password,
     _retry_delay,
     _spread,
     _verdict,
@@ -4448,6 +4449,22 @@ class TestTypes:
         ]
         needs = importlib.metadata.requires("bgjob") or []
         assert [re.split(r"\W", need)[0] for need in needs if "extra ==" not in need] == ["croniter"]
+
+
+class TestUrls:
+    @pytest.mark.parametrize(
+        ("url", "shown"),
+        [
+            ("redis://:secret@h:6379/0", "redis://…@h:6379/0"),
+            ("postgresql://u:se/cr@et@h/db", "postgresql://…@h/db"),
+            ("postgres://h/db?user=u&password=secret&prefix=p", "postgres://h/db?user=u&password=…&prefix=p"),
+            ("sqlite:////var/a@b.db", "sqlite:////var/a@b.db"),
+            ("sqlite://u:secret@h/x", "sqlite://…@h/x"),
+        ],
+    )
+    def test_no_password(self, url: str, shown: str) -> None:
+        """No password of a URL is shown, whatever signs it contains."""
+        assert _no_password(url) == shown
 
 
 class TestHouse:
