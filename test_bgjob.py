@@ -7,10 +7,13 @@ import contextlib
 import functools
 import gc
 import hashlib
+import heapq
 import importlib.metadata
 import importlib.util
 import itertools
+import json
 import logging
+import operator
 import os
 import random
 import re
@@ -60,14 +63,22 @@ from bgjob import (
     SQLiteStore,
     State,
     StoreError,
+    _brief,
+    _cells,
     _count,
     _Cron,
+    _cron_words,
     _duration,
     _Every,
+    _exact,
+    _minutes,
     _newest,
     _no_password,
+    _relative,
     _retry_delay,
     _spread,
+    _table,
+    _tick_words,
     _verdict,
     _zone,
     current_run,
@@ -4483,9 +4494,9 @@ class TestHouse:
     def test_map(self) -> None:
         """The map in the docstring names the rooms, in the order of their banners."""
         source = Path(bgjob.__file__).read_text()
-        banners = re.findall(r"^# (\d+b? \w+) -+$", source, flags=re.MULTILINE)
-        assert banners == re.findall(r"^ +(\d+b? [A-Z]\w+)  ", bgjob.__doc__ or "", flags=re.MULTILINE)
-        assert len(banners) == 13
+        banners = re.findall(r"^# (\d+b? [\w ]+) -+$", source, flags=re.MULTILINE)
+        assert banners == re.findall(r"^ +(\d+b? [A-Z]\w+(?: \w+)?)  ", bgjob.__doc__ or "", flags=re.MULTILINE)
+        assert len(banners) == 14
 
     def test_budget(self) -> None:
         """A function has at most 40 lines, its docstring apart, and blocks at most three deep."""
@@ -5596,3 +5607,494 @@ class TestRedis:
             held = store._held.copy()
             assert len(await store.beat(held)) == 1210
             assert len(await store.cancel("work")) == 1200
+
+
+JOBS = """
+import asyncio
+from bgjob import job
+
+@job(every="5m")
+async def sync_products(): ...
+
+@job(cron="0 6 * * mon-fri", tz="Europe/Rome")
+async def morning_report(): ...
+
+@job(after="10s")
+async def warm_up(): ...
+
+@job
+async def send_mail(to: str, n: int = 1):
+    return {"to": to, "n": n}
+"""
+WORK = """
+import asyncio
+from bgjob import job
+
+@job(every="1h")
+async def purge(): ...
+
+@job
+async def send_mail(to: str, n: int = 1):
+    return {"to": to, "n": n}
+
+@job
+async def fail():
+    raise ValueError("no such user\\nsecond line")
+
+@job(retries=1, retry_delay="1h")
+async def again():
+    raise OSError("503")
+
+@job(timeout="5m")
+async def sleep():
+    await asyncio.sleep(600)
+
+@job
+async def stay():
+    while True:
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            pass
+"""
+COMMAND = [sys.executable, "-P", "-c", "import bgjob, sys; sys.exit(bgjob.main())"]
+STORE = ("--store", "sqlite:///jobs.db")
+
+
+def environment(**more: str) -> dict[str, str]:
+    file = Path(bgjob.__file__)
+    folder = file.parent if file.name == "bgjob.py" else file.parent.parent
+    plain = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR", "FORCE_COLOR")}
+    return {**plain, "PYTHONPATH": str(folder), "PYTHONIOENCODING": "utf-8", **more}
+
+
+class Folder:
+    """A folder with modules in it, where the command line is used."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.write("jobs.py", JOBS)
+        self.write("work.py", WORK)
+
+    def write(self, name: str, text: str) -> None:
+        (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (self.path / name).write_text(text)
+
+    def bgjob(self, *arguments: str, **more: str) -> tuple[int, str, str]:
+        done = subprocess.run(
+            [*COMMAND, *arguments], cwd=self.path, env=environment(**more), capture_output=True, text=True, timeout=30
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    def data(self, *arguments: str) -> str:
+        status, out, err = self.bgjob(*arguments)
+        assert (status, err) == (0, "")
+        return out
+
+    @contextmanager
+    def running(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+        process = subprocess.Popen(
+            [*COMMAND, "run", *arguments], cwd=self.path, env=environment(), stderr=subprocess.PIPE, text=True
+        )
+        try:
+            assert process.stderr is not None
+            assert " runs " in process.stderr.readline()
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
+
+    def until(self, part: str, number: int) -> list[dict[str, object]]:
+        """The rows of a part of `status --json`, once there are as many as that."""
+        for _ in range(100):
+            rows: list[dict[str, object]] = json.loads(self.data("status", "--json", *STORE))[part]
+            if len(rows) == number:
+                return rows
+            time.sleep(0.05)
+        raise AssertionError(rows)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path)
+
+
+class TestCommandLine:
+    @pytest.mark.parametrize(
+        ("ms", "brief", "exact"),
+        [
+            (0, "0s", "0s"),
+            (250, "0s", "250ms"),
+            (1000, "1s", "1s"),
+            (90_000, "90s", "1m30s"),
+            (3 * MINUTE, "3m", "3m"),
+            (90 * MINUTE, "90m", "1h30m"),
+            (26 * HOUR + 1, "26h", "1d2h1ms"),
+            (9 * DAY, "9d", "9d"),
+        ],
+    )
+    def test_durations(self, ms: int, brief: str, exact: str) -> None:
+        """A duration at a glance is one number; an exact one can be pasted into a decorator."""
+        assert (_brief(ms), _exact(ms)) == (brief, exact)
+        assert _duration("every", exact) == ms
+
+    def test_relative(self) -> None:
+        """What is due reads "in 3m", "now" or "3m late"."""
+        assert [_relative(ms) for ms in (3 * MINUTE, 600, 400, -4000, -3 * MINUTE)] == [
+            "in 3m",
+            "in 1s",
+            "now",
+            "now",
+            "3m late",
+        ]
+
+    @pytest.mark.parametrize(
+        ("cron", "words"),
+        [
+            ("* * * * *", "every minute"),
+            ("*/15 * * * *", "every 15 minutes"),
+            ("*/7 * * * *", "*/7 * * * *"),
+            ("5 * * * *", "hourly at :05"),
+            ("0 */6 * * *", "every 6 hours at :00"),
+            ("30 2 * * *", "daily at 02:30"),
+            ("0 30 2 * * *", "daily at 02:30"),
+            ("10 30 2 * * *", "10 30 2 * * *"),
+            ("0 6 * * mon-fri", "Mon-Fri at 06:00"),
+            ("0 6 * * 1-5", "Mon-Fri at 06:00"),
+            ("0 6 * * 0,SAT", "0 6 * * 0,SAT"),
+            ("0 6 * * 7,6", "Sun,Sat at 06:00"),
+            ("0 6 * * fri#2", "0 6 * * fri#2"),
+            ("0 0 1 * *", "day 1 of the month at 00:00"),
+            ("0 0 1,15 * *", "0 0 1,15 * *"),
+            ("@daily", "daily at 00:00"),
+            ("@weekly", "Sun at 00:00"),
+            ("@yearly", "@yearly"),
+        ],
+    )
+    def test_cron_words(self, cron: str, words: str) -> None:
+        """Common schedules are told in words, others as they were written."""
+        assert _cron_words(cron) == words
+
+    def test_ticks(self) -> None:
+        """A tick's day and zone are told where they change, seconds where there are some."""
+        rome = zoneinfo.ZoneInfo("Europe/Rome")
+        now = at(2025, 10, 25, 12, zone="Europe/Rome")
+        days = [(25, 14), (25, 15), (26, 1), (26, 4), (31, 4), (31, 5)]
+        ticks = [datetime(2025, 10, day, hour, 5, tzinfo=rome) for day, hour in days]
+        assert _tick_words(ticks, now).replace("\xa0", " ") == (
+            "14:05 CEST, 15:05, Sun 01:05, 04:05 CET, Fri 04:05, 05:05"
+        )
+        late = [datetime(2026, 1, 1, 0, 0, 30, 250_000, tzinfo=UTC), datetime(2026, 1, 1, 0, 1, 30, tzinfo=UTC)]
+        assert _tick_words(late, now).replace("\xa0", " ") == "2026-01-01 00:00:30.250 UTC, 00:01:30"
+        assert _tick_words([], now) == ""
+
+    def test_table(self) -> None:
+        """The widest column gives way first; no word is cut, and a hard space doesn't break."""
+        rows = [("JOB", "AT"), ("sync", "a\xa0b c\xa0d e\xa0f")]
+        assert _table(rows, 80) == [["JOB   AT"], ["sync  a b c d e f"]]
+        assert _table(rows, 14) == [["JOB   AT"], ["sync  a b c d", "      e f"]]
+        assert _table(rows, 5) == [["JOB   AT"], ["sync  a b", "      c d", "      e f"]]
+        assert _table([("", ""), ("a", "")], 80) == [[], ["a"]]
+
+    def test_minutes(self) -> None:
+        """The minutes with a tick, however many ticks are in one, from any schedule."""
+        begin, end = 100 * MINUTE + 30_000, 104 * MINUTE
+        assert _minutes(_Every(2 * MINUTE), begin, end) == [102]
+        assert _minutes(_Every(10), begin, end) == [100, 101, 102, 103]
+        assert _minutes(_Cron("*/20 * * * * *", UTC), begin, end) == [100, 101, 102, 103]
+        assert _minutes(_Cron("*/3 * * * *", UTC), begin, end) == [102]
+
+    def test_cells(self) -> None:
+        """A strip adds up the minutes of a cell; the one of all jobs takes the fullest."""
+        begin = 60 * MINUTE
+        minutes = {60: 1, 89: 3, 90: 1, 60 + 24 * 60 - 1: 2}
+        assert _cells(minutes, begin, HOUR // 2, operator.add) == [4, 1, *[0] * 45, 2]
+        assert _cells(minutes, begin, HOUR // 2, max) == [3, 1, *[0] * 45, 2]
+
+    def test_list(self, folder: Folder) -> None:
+        """In a pipe: 80 columns, no colours, no cut lines, and every job with its strip."""
+        out = folder.data("list", "jobs.py")
+        assert max(map(len, out.splitlines())) <= 80
+        assert "\x1b" not in out
+        assert "…" not in out
+        assert re.search(r"^sync_products +every 5m +(in \d+[ms]|now) +\d\d:\d\d UTC, \d\d:\d\d", out, re.MULTILINE)
+        assert re.search(r"^morning_report +Mon-Fri at 06:00", out, re.MULTILINE)
+        assert re.search(r"^warm_up +once, 10s after the start$", out, re.MULTILINE)
+        assert re.search(r"^send_mail +on submit$", out, re.MULTILINE)
+        assert re.search(r"^morning_report  [·▁]{48}$", out, re.MULTILINE)
+        assert re.search(r"^sync_products   [·▁-▆]{48}$", out, re.MULTILINE)
+        assert re.search(r"^together        [·▁▂]{48}$", out, re.MULTILINE)
+
+    def test_list_is_as_wide_as_the_terminal(self, folder: Folder) -> None:
+        """COLUMNS, as terminals and `watch` set it, decides; a sign that can't be encoded has an ASCII one."""
+        status, out, _ = folder.bgjob("list", "jobs.py", "-n", "1", COLUMNS="200", PYTHONIOENCODING="ascii")
+        assert status == 0
+        assert re.search(r"^morning_report  [.1]{144}$", out, re.MULTILINE)
+        assert re.search(r"^sync_products +every 5m +\S+( \S+)? +\d\d:\d\d UTC$", out, re.MULTILINE)
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+    @pytest.mark.parametrize(("more", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
+    def test_colours(self, folder: Folder, more: dict[str, str], coloured: bool) -> None:
+        """Colours on a terminal only, and not where NO_COLOR or a dumb one forbids them."""
+        import pty
+
+        ours, theirs = pty.openpty()
+        command = [*COMMAND, "list", "jobs.py"]
+        env = environment(**{"TERM": "xterm", "COLUMNS": "80", **more})
+        subprocess.run(command, cwd=folder.path, env=env, stdout=theirs, check=True, timeout=30)
+        os.close(theirs)
+        assert (b"\x1b[1m" in os.read(ours, 100)) is coloured
+        os.close(ours)
+
+    def test_copied_file(self, folder: Folder) -> None:
+        """`python bgjob.py` and `python -m app.bgjob` have one registry with the jobs they import."""
+        source = Path(bgjob.__file__).read_text()
+        folder.write("bgjob.py", source)
+        folder.write("app/__init__.py", "")
+        folder.write("app/bgjob.py", source)
+        folder.write("app/jobs.py", JOBS.replace("from bgjob", "from .bgjob"))
+        for command in (["bgjob.py", "list", "jobs.py"], ["-m", "app.bgjob", "list", "app.jobs"]):
+            done = subprocess.run([sys.executable, *command], cwd=folder.path, capture_output=True, timeout=30)
+            assert (done.returncode, done.stderr) == (0, b"")
+            assert b"sync_products" in done.stdout
+        done = subprocess.run([sys.executable, "bgjob.py", "list", "app.jobs"], cwd=folder.path, capture_output=True,
+                              text=True, timeout=30)  # fmt: skip
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == "bgjob: app.jobs: no jobs there; it uses app.bgjob: write python -m app.bgjob\n"
+
+    def test_registries(self, folder: Folder) -> None:
+        """A target's jobs are those of the default registry and of each one that it holds; a path may be in a package."""
+        folder.write("app/__init__.py", "")
+        folder.write("app/other.py", "from bgjob import Registry\nmail = Registry()\n@mail.job\ndef b(): ...")
+        folder.write("app/jobs.py", "from bgjob import Registry, job\nfrom .other import mail\nmine = Registry()\n"
+                                    "@mine.job\ndef a(): ...\n@job\ndef c(): ...")  # fmt: skip
+        for target in ("app/jobs.py", "app.jobs"):
+            assert folder.data("list", target).split()[4::3] == ["c", "b", "a"]
+        folder.write(
+            "clash.py", "from bgjob import Registry\na, b = Registry(), Registry()\ndef f(): ...\na.job(f), b.job(f)"
+        )
+        status, out, err = folder.bgjob("list", "clash.py")
+        assert (status, out) == (1, "")
+        assert err == "bgjob: job 'f': two registries have one of that name; give one a name= of its own\n"
+
+    @pytest.mark.parametrize(
+        ("arguments", "status", "message"),
+        [
+            ("", 2, "the following arguments are required: COMMAND; see bgjob --help"),
+            ("list", 2, "the following arguments are required: TARGET; see bgjob list --help"),
+            ("list jbos.py", 1, "jbos.py: no such file; did you mean jobs.py?"),
+            ("list app.jobs", 1, "app.jobs: no such module in {here}; write one (app.jobs) or a path (jobs.py)"),
+            ("list jobs:registry", 1, "jobs:registry: write a module (app.jobs) or a path (jobs.py)"),
+            ("list empty.py", 1, "empty.py: no jobs there; decorate functions with @job"),
+            ("list heapq.py", 1, "heapq.py: its name is taken by {heapq}; rename it"),
+            ("run work.py --jobs purge,fial", 1, "job 'fial': no such job; did you mean fail?"),
+            ("run work.py --jobs x", 1, "job 'x': no such job; there are: purge, send_mail, fail, again, sleep, stay"),
+            ("run work.py --drain 5x", 2, "argument --drain: '5x' is no duration; write 90, 30s or 1h30m; see bgjob run --help"),
+            ("run work.py --store sqlite:///no/x.db", 1,
+             "SQLiteStore('no/x.db'): unable to open database file; its folder must exist and be writable"),
+            ("run work.py --store sqlite:///x.db?lease=3q", 1,
+             "lease='3q': not a duration; write seconds (90), a timedelta, or text such as '30s' or '1h30m'"),
+            ("submit work.py send_mial --store sqlite:///x.db", 1, "job 'send_mial': no such job; did you mean send_mail?"),
+            ("submit work.py send_mail --store sqlite:///x.db", 1, "job 'send_mail': missing a required argument: 'to'"),
+            ("submit work.py send_mail --store sqlite:///x.db --args [1,2,3]", 1, "job 'send_mail': too many positional arguments"),
+            ("submit work.py send_mail --store sqlite:///x.db --args {", 2,
+             "argument --args: bad JSON, Expecting property name enclosed in double quotes: line 1 column 2 (char 1); "
+             """write '{{"to": "a@b.c"}}' or '["a@b.c"]'; see bgjob submit --help"""),
+            ("submit work.py send_mail --store sqlite:///x.db --args 5", 2,
+             """argument --args: no object or array; write '{{"to": "a@b.c"}}' or '["a@b.c"]'; see bgjob submit --help"""),
+            ("submit work.py send_mail", 2, "the following arguments are required: --store; see bgjob submit --help"),
+            ("status --store sqlite:///typo.db", 1,
+             "SQLiteStore('typo.db'): no such file in {here}; the first run() or submit makes it"),
+            ("status --store sqlite://u:se@cret@h/x", 1,
+             "store='sqlite://…@h/x': write sqlite:///jobs.db, or sqlite:////var/lib/jobs.db where absolute"),
+            ("status --store sqlite:///x.db redis://:se/cret@h", 2,
+             "unrecognized arguments: redis://…@h; see bgjob --help"),
+        ],
+    )  # fmt: skip
+    def test_mistakes(self, folder: Folder, arguments: str, status: int, message: str) -> None:
+        """A user's mistake is one line on stderr that says what to write instead; a password isn't in it."""
+        folder.write("empty.py", "")
+        folder.write("heapq.py", "")
+        wanted = message.format(here=folder.path, heapq=heapq.__file__)
+        assert folder.bgjob(*arguments.split()) == (status, "", f"bgjob: {wanted}\n")
+        assert not (folder.path / "x.db").exists()
+
+    @pytest.mark.parametrize(
+        ("source", "lines", "last"),
+        [
+            ("def f():\n    raise ValueError('boom')\nf()", 2, "ValueError: boom"),
+            ("import nosuchthing", 1, "ModuleNotFoundError: No module named 'nosuchthing'"),
+            ("from bgjob import job\n@job(cron='61 * * * *')\ndef f(): ...", 1,
+             "ScheduleError: job 'f': cron='61 * * * *': minute must be 0-59, got 61"),
+            ("import sys\nsys.exit(3)", 1, "SystemExit: 3; put what it runs under if __name__ == '__main__':"),
+            ("def (", 1, "SyntaxError: invalid syntax (broken.py, line 1)"),
+        ],
+    )  # fmt: skip
+    def test_broken_target(self, folder: Folder, source: str, lines: int, last: str) -> None:
+        """A module that fails to import shows its own traceback, without a line of ours, and one line that says so."""
+        folder.write("broken.py", source)
+        status, out, err = folder.bgjob("list", "broken.py")
+        assert (status, out) == (1, "")
+        assert err.splitlines()[-1] == f"bgjob: broken.py: its import failed: {last}"
+        files = re.findall(r'File "(.*?)"', err)
+        assert files == [str(folder.path / "broken.py")] * lines
+
+    def test_help(self, folder: Folder) -> None:
+        """`bgjob --help` is a page of 80 columns with every command; each command has its own."""
+        page = folder.data("--help")
+        assert [line for line in page.splitlines() if len(line) > 80] == []
+        for name in ("run", "list", "submit", "status", "cancel"):
+            assert f"  bgjob {name} " in page
+            assert folder.data(name, "--help").startswith(f"usage: bgjob {name} ")
+        assert folder.data("--version") == f"bgjob {bgjob.__version__}\n"
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="no SIGPIPE there")
+    def test_closed_pipe(self, folder: Folder) -> None:
+        """`| head` ends it without a word."""
+        ours, theirs = os.pipe()
+        os.close(ours)
+        for arguments in (["list", "jobs.py"], ["--help"]):
+            done = subprocess.run([*COMMAND, *arguments], cwd=folder.path, env=environment(), stdout=theirs,
+                                  stderr=subprocess.PIPE, timeout=30, check=False)  # fmt: skip
+            assert done.stderr == b""
+        os.close(theirs)
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+    def test_a_service(self, folder: Folder) -> None:
+        """Submit, status, cancel and run beside each other: what is printed, and the exit status of each."""
+        with folder.running("work.py", *STORE, "--drain", "1") as process:
+            sleeping = folder.data("submit", "work.py", "sleep", *STORE)
+            assert re.fullmatch(r"[0-9a-f-]{36}\n", sleeping)
+            sleeping = sleeping.strip()
+            later = folder.data("submit", "work.py", "send_mail", "--args", '["a"]', "--after", "1h", *STORE).strip()
+            again = folder.data("submit", "work.py", "again", *STORE).strip()
+            mail = ("submit", "work.py", "send_mail", "--args", '{"to": "a@b.c", "n": 3}', "--wait", *STORE)
+            assert json.loads(folder.data(*mail)) == {"to": "a@b.c", "n": 3}
+            status, out, err = folder.bgjob("submit", "work.py", "fail", "--wait", *STORE)
+            assert (status, out) == (1, "")
+            assert re.fullmatch(r"bgjob: run [0-9a-f-]{36} failed: ValueError: no such user\n", err)
+
+            (running,) = folder.until("running", 1)
+            assert (running["id"], running["attempt"], running["timeout"]) == (sleeping, 1, 300.0)
+            assert str(running["owner"]).split(":")[1] == str(process.pid)
+            (retry,) = folder.until("retrying", 1)
+            assert (retry["id"], retry["error"]) == (again, "OSError: 503")
+            (failed,) = folder.until("failed", 1)
+            assert failed["error"] == "ValueError: no such user"
+            tick, call = sorted(folder.until("due", 2), key=lambda row: row["id"] == later)
+            assert (tick["job"], call["id"]) == ("purge", later)
+            self.check_page(folder.data("status", *STORE), process.pid)
+
+            assert folder.data("cancel", sleeping, *STORE) == f"{sleeping} cancelled on request\n"
+            assert folder.data("cancel", later, *STORE) == f"{later} cancelled on request\n"
+            assert folder.data("cancel", later, *STORE) == f"{later} cancelled on request\n"
+            refused = f"bgjob: run '{failed['id']}' has failed already; there is nothing to cancel\n"
+            assert folder.bgjob("cancel", str(failed["id"]), *STORE) == (1, "", refused)
+            unknown = "bgjob: run 'nope': the store knows no such run; bgjob status shows ids\n"
+            assert folder.bgjob("cancel", "nope", *STORE) == (1, "", unknown)
+            process.send_signal(signal.SIGTERM)
+            _, log = process.communicate(timeout=20)
+            assert process.returncode == 0
+        assert "\x1b" not in log
+        assert re.search(
+            r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO    send_mail \S+ succeeded in [\d.]+ s$", log, re.MULTILINE
+        )
+        assert re.search(r"ERROR   fail \S+ failed at attempt 1: ValueError: no such user$", log, re.MULTILINE)
+
+    def check_page(self, page: str, pid: int) -> None:
+        assert max(map(len, page.splitlines())) <= 80
+        assert "second line" not in page
+        text = " ".join(page.split())
+        assert re.search(rf"RUNNING 1 \ds ░{{8}} [01]% of 5m sleep \S+, attempt 1 on \S+:{pid} since \d\d:\d\d", text)
+        assert re.search(r"DUE 2 in \d+[hms] \S+ ", text)
+        assert re.search(r"RETRYING 1 in 60m after attempt 1 again \S+ OSError: 503", text)
+        assert re.search(r"FAILED 1 \d+s ago at attempt 1 fail \S+ ValueError: no such user$", text)
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+    def test_second_signal(self, folder: Folder) -> None:
+        """A second Ctrl-C cancels what is going, and the exit status tells."""
+        with folder.running("work.py", *STORE) as process:
+            folder.data("submit", "work.py", "sleep", *STORE)
+            folder.until("running", 1)
+            process.send_signal(signal.SIGINT)
+            assert process.stderr is not None
+            assert "draining 1 runs, at most 20 s" in process.stderr.readline()
+            process.send_signal(signal.SIGINT)
+            assert "handed back" in process.communicate(timeout=10)[1]
+            assert process.returncode == 130
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+    def test_what_would_not_stop(self, folder: Folder) -> None:
+        """A task that swallows every cancellation is named, and then left with the process."""
+        with folder.running("work.py", *STORE, "--drain", "0") as process:
+            folder.data("submit", "work.py", "stay", *STORE)
+            folder.until("running", 1)
+            process.send_signal(signal.SIGINT)
+            log = process.communicate(timeout=20)[1]
+            assert "would not stop" in log
+            assert process.returncode == 0
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+    def test_several_registries_run(self, folder: Folder) -> None:
+        """All registries of the target run, and one signal stops them all."""
+        folder.write("two.py", "from bgjob import Registry\na, b = Registry(), Registry()\n"
+                               "@a.job(every='1h')\ndef f(): ...\n@b.job(every='1h')\ndef g(): ...")  # fmt: skip
+        with folder.running("two.py") as process:
+            assert process.stderr is not None
+            assert "runs 1 jobs" in process.stderr.readline()
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=10)
+            assert process.returncode == 0
+
+    def test_failed_start(self, folder: Folder) -> None:
+        """A dependency that can't be made is a failed start: its traceback, one line, 1; other registries stop too."""
+        folder.write("app.py", "from bgjob import Depends, Registry, job\ndef db(): raise OSError('no database')\n"
+                               "@job\nasync def f(d=Depends(db, scope='app')): ...\n"
+                               "other = Registry()\n@other.job\ndef g(): ...")  # fmt: skip
+        status, out, err = folder.bgjob("run", "app.py")
+        assert (status, out) == (1, "")
+        assert err.splitlines()[-1] == "bgjob: failed to start: OSError: no database"
+        assert re.findall(r'File "(.*?)"', err) == [str(folder.path / "app.py")]
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+    def test_interrupted_wait(self, folder: Folder) -> None:
+        """Ctrl-C ends the wait and not the run, and says so."""
+        command = [*COMMAND, "submit", "work.py", "fail", "--wait", *STORE]
+        process = subprocess.Popen(command, cwd=folder.path, env=environment(), stderr=subprocess.PIPE, text=True)
+        while not (folder.path / "jobs.db").exists():
+            time.sleep(0.02)
+        (run,) = folder.until("due", 1)
+        process.send_signal(signal.SIGINT)
+        err = process.communicate(timeout=10)[1]
+        assert (process.returncode, err) == (
+            130,
+            f"bgjob: run {run['id']} goes on; to end it: bgjob cancel {run['id']}\n",
+        )
+
+    def test_unreachable(self, folder: Folder) -> None:
+        """A locked file is one line, after a bounded time."""
+        folder.data("submit", "work.py", "fail", *STORE)
+        with closing(sqlite3.connect(folder.path / "jobs.db", isolation_level=None)) as db:
+            db.execute("BEGIN IMMEDIATE")
+            begun = time.monotonic()
+            status, out, err = folder.bgjob("status", *STORE)
+            assert time.monotonic() - begun < 8
+        assert (status, out) == (1, "")
+        assert err == "bgjob: store sqlite:///jobs.db unreachable: no answer within 5 s; it may be down, or locked\n"
+
+    def test_no_answer(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        """A server that takes the connection and says nothing is one line, without the password."""
+
+        class Silent:
+            async def open(self, owner: str, hint: object) -> None:
+                await asyncio.sleep(600)
+
+            close = open
+
+        monkeypatch.setattr(bgjob, "_store_of", lambda url: Silent())
+        monkeypatch.setattr(bgjob, "_PATIENCE", 0.1)
+        assert bgjob.main(["status", "--store", "redis://:secret@h"]) == 1
+        assert capsys.readouterr() == (
+            "",
+            "bgjob: store redis://…@h unreachable: no answer within 0.1 s; it may be down, or locked\n",
+        )
