@@ -6221,7 +6221,7 @@ async def _asked(
     store, hint = _store_of(url), asyncio.Event()
     if not new:
         _check_file(store)
-    owner = _owner_name(_Clock(asyncio.get_running_loop().time).entropy())
+    owner = _owner_name(_Clock(asyncio.get_running_loop()).entropy())
 
     async def begin() -> T:
         await store.open(owner, hint.set)
@@ -6306,7 +6306,7 @@ def _submit_command(options: Any) -> int:
 
 async def _submit(options: Any, job: str, payload: str) -> int:
     url: str = options.store
-    id = _Ids(_Clock(asyncio.get_running_loop().time).entropy()).new(_wall_ms())
+    id = _Ids(_Clock(asyncio.get_running_loop()).entropy()).new(_wall_ms())
     call = Call(id, job, None, options.after, payload)
     async with _asked(url, lambda store: store.push([call], True), new=True) as (store, hint, _):
         if not options.wait:
