@@ -2017,7 +2017,6 @@ class _Engine:
         """Drain, and leave nothing behind. A cancel that comes meanwhile ends the wait, and is raised at the end."""
         self._closing = True
         self.loop.call_soon(self._check_entered)
-        self._armed = -math.inf  # no timer is early enough any more
         if self._timer is not None:
             self._timer.cancel()
         cancelled: asyncio.CancelledError | None = None
@@ -2120,7 +2119,7 @@ class _Engine:
             when = min(self._heap[0][0], self._now + self._clock.slice) / 1000 - self._offset
         else:
             return
-        if when < self._armed:
+        if when < self._armed and not self._closing:
             if self._timer is not None:
                 self._timer.cancel()
             self._armed = when

@@ -1936,6 +1936,24 @@ class TestEdges:
         virtually(main())
         assert [round(t, 4) for t in begun] == [9.9985]
 
+    def test_nothing_begins_in_a_drain(self) -> None:
+        """Not even where the store's clock went on or back meanwhile, which sets the timer anew."""
+        registry, begun = Registry(), []
+
+        @registry.job(every="10s", parallelism=9)
+        async def work() -> None:
+            begun.append(1)
+            await asyncio.sleep(100)
+
+        async def main() -> None:
+            async with driven(registry, drain=90_000) as engine:
+                await asyncio.sleep(11)
+                asyncio.get_running_loop().call_later(5, setattr, engine, "_armed", float("inf"))
+                asyncio.get_running_loop().call_later(5, engine._arm)
+
+        virtually(main())
+        assert begun == [1]
+
     def test_one_bug_stops_nothing(self) -> None:
         """The timer is set again also when admitting failed."""
         registry, begun = Registry(), []
