@@ -3462,7 +3462,8 @@ class SQLiteStore:
         keep: Duration = "1d",
     ) -> None:
         self.path = os.fspath(path)
-        self._file = os.path.abspath(self.path)  # whatever folder the process goes to
+        # Whatever folder the process goes to. What SQLite keeps in memory is no file, and is refused.
+        self._file = self.path if self.path == ":memory:" else os.path.abspath(self.path)
         self.lease = _lease(lease)
         self.keep = _duration("keep", keep, 1)
         self._prefix = _checked_prefix(prefix)
