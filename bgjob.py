@@ -3017,6 +3017,8 @@ class _Shared(_Engine):
             self._end(run, _CANCELLED, _Stop.CANCEL)
         elif self._closing:
             self._send(_Ended(run, _SCHEDULED, _Stop.SHUTDOWN, back=True))
+        elif self._mono() - asked >= self._lease * _TRUST:  # frozen since it was asked for: it may run elsewhere by now
+            self._send(_Ended(run, _SCHEDULED, _Stop.LEASE, back=True))
         else:
             self._start(run)
 

@@ -3435,6 +3435,24 @@ class TestConformance:
         assert work.tokens == [(1, 1), (1, 2)]
 
     @in_a_loop
+    async def test_frozen_while_it_claims(self, place: SQLitePlace) -> None:
+        """What comes of a claim after the lease it gave isn't started: it may have been, elsewhere. It goes back."""
+        work, store = Work(on_crash="drop"), bgjob._store_of(place.url(lease="1s"))
+        (registry,), (job,) = instances(1, work)
+        claim, frozen = store.claim, []
+
+        async def claim_slowly(free: Any) -> bgjob.News:
+            news = await claim(free)
+            if news.runs and not frozen:
+                frozen.append(time.sleep(1))  # noqa: ASYNC251
+            return news
+
+        store.claim = claim_slowly
+        async with going(store, registry):
+            assert await (await job.submit(1)).result(20) == 1
+        assert work.tokens == [(1, 2)]
+
+    @in_a_loop
     async def test_odd_names(self, url: str | None) -> None:
         """Names, keys and values are data to a store, whatever characters it has a use for."""
         name, key = "jöb; DROP 'x' {a}:* 😀", "k'\"\\;--{}*?[]@#%_ 😀"
@@ -4124,7 +4142,7 @@ class TestProcesses:
         group = workers(self.JOBS, lease="2s")
         (first,) = group.start()
         async with client(group) as jobs:
-            run = await jobs["work"].submit(1, 3)
+            run = await jobs["work"].submit(1, 2)
             await group.wait("start", 1)
             (second,) = group.start()
             await asyncio.sleep(1)
@@ -4191,7 +4209,7 @@ class TestProcesses:
                     return os.getpid()
 
             if os.environ.get("DIES"):
-                bgjob.SQLiteStore.settle = lambda *_: os.kill(os.getpid(), 9)
+                type(bgjob._store_of(URL)).settle = lambda *_: os.kill(os.getpid(), 9)
         """, lease="1s")  # fmt: skip
         (dying,) = group.start(DIES="1")
         async with client(group) as jobs:
