@@ -4046,13 +4046,13 @@ class _PostgresStatements(NamedTuple):
             ON r.id = b.id AND r.token = b.token ORDER BY r.id FOR NO KEY UPDATE OF r))
         RETURNING id, cancel = 1"""
     settle: str = f"""WITH e AS MATERIALIZED (SELECT * FROM unnest($1::text[], $2::int[], $3::text[], $4::bigint[],
-            $5::bool[], $6::text[], $7::bigint[], $8::int[], $9::int[], $10::text[], $11::text[], $12::text[])
+            $5::bool[], $6::text[], $7::bigint[], $8::bool[], $9::int[], $10::text[], $11::text[], $12::text[])
             WITH ORDINALITY AS e(id, token, job, at, call, state, delay, back, attempt, error, reason, result, n)),
         held AS MATERIALIZED (SELECT r.id, r.args, r.owner, r.since, r.awaited,
             CASE WHEN e.state = 'scheduled' AND r.cancel = 1 THEN 'cancelled' ELSE e.state END AS state
             FROM e JOIN bgjob_run r ON r.id = e.id AND r.token = e.token ORDER BY r.id FOR UPDATE OF r),
-        again AS (UPDATE bgjob_run r SET due = CASE e.back WHEN 1 THEN e.at ELSE {_POSTGRES_CLOCK} + e.delay END,
-            owner = NULL, tries = r.tries - e.back, error = e.error FROM e
+        again AS (UPDATE bgjob_run r SET due = CASE WHEN e.back THEN e.at ELSE {_POSTGRES_CLOCK} + e.delay END,
+            owner = NULL, tries = r.tries - e.back::int, error = e.error FROM e
             WHERE e.id = r.id AND r.id = ANY(ARRAY(SELECT id FROM held WHERE state = 'scheduled'))),
         finished AS (DELETE FROM bgjob_run WHERE id = ANY(ARRAY(SELECT id FROM held WHERE state <> 'scheduled'))),
         kept AS ({_POSTGRES_REMEMBER} SELECT e.id, e.job, h.state, e.at, h.args, e.attempt, e.token, h.owner, h.since,
@@ -4526,11 +4526,8 @@ class PostgresStore:
         return dict(map(tuple, await self._do(lambda db: db.fetch(self._sql.beat, *args))))
 
     async def settle(self, ended: Sequence[Settlement]) -> Sequence[_Settled]:
-        columns = _columns(ended, "id", "token", "job", "at", "call", "state", "delay", "attempt", "result")
-        id, token, job, at, call, state, delay, attempt, result = columns
-        back = [int(end.back) for end in ended]
-        error, reason = [_storable(end.error) for end in ended], [_storable(end.reason) for end in ended]
-        args = id, token, job, at, call, state, delay, back, attempt, error, reason, result, self.keep, self._owner
+        names = "id", "token", "job", "at", "call", "state", "delay", "back", "attempt", "error", "reason", "result"
+        args = *_columns(ended, *names), self.keep, self._owner
         rows = await self._do(lambda db: db.fetch(self._sql.settle, *args))
         return ["refused" if new is None else "done" if new == old else "cancelled" for old, new, _ in rows]
 
@@ -4576,11 +4573,6 @@ async def _nothing(_: object) -> None: ...
 def _columns(rows: Sequence[object], *names: str) -> list[list[object]]:
     """The fields of many rows, each as the array that `unnest` makes rows of again."""
     return [[getattr(row, name) for row in rows] for name in names]
-
-
-def _storable(text: str | None) -> str | None:
-    """PostgreSQL's text has no zero, and UTF-8 no lone surrogate."""
-    return text and text.replace("\0", "").encode(errors="replace").decode()
 
 
 _REDIS_CONNECTIONS = 4  # at the same time: more would not be faster, for the server does one thing at a time

@@ -5019,9 +5019,10 @@ class TestPostgres:
             runs = await asyncio.gather(*(job.after("1h").submit(n) for n in range(300)))
             assert len({run.id for run in runs}) == 300
             assert sum(tap.asked for tap in taps) < 20
-            same = await asyncio.gather(*(job.after("1h", key="k").submit(n) for n in range(50)))
-            assert {(run.id, run.args) for run in same} == {("work#k", same[0].args)}
-            assert await job.cancel() == 301
+            other = job.after("1h").submit(-1)
+            _, *same = await asyncio.gather(other, *(job.after("1h", key="k").submit(n) for n in range(50)))
+            assert {(run.id, run.args) for run in same} == {("work#k", (0,))}
+            assert await job.cancel() == 302
 
     @in_a_loop
     async def test_killed_and_restarted(self, server: PostgresServer, caplog: pytest.LogCaptureFixture) -> None:
@@ -5085,6 +5086,51 @@ class TestPostgres:
         stopped.terminate()
         for store in stores:
             await store.close()
+
+    @in_a_loop
+    async def test_limit(self, server: PostgresServer) -> None:
+        """Whoever claims waits for those who claim runs of the same job, so that together they keep to parallelism."""
+        stores = [bgjob.PostgresStore(server.url(), prefix="limit") for _ in range(2)]
+        for number, store in enumerate(stores):
+            await store.open(str(number), lambda: None)
+            now, _ = await store.enlist({"work": bgjob.Listing("", False, None)})
+        await stores[0].push([bgjob.Call(str(n), "work", now - n, 0, "") for n in range(3)], False)
+        other = await stores[0]._new_one(time.monotonic() + 4)
+        await other.execute(stores[0]._sql.begin)
+        await other.fetch(stores[0]._sql.lock_jobs, ["work"])
+        rows = await other.fetch(stores[0]._sql.claim, ["work"], [3], [3], "0", 30_000)
+        await stores[0].push([bgjob.Call("older", "work", now - 99, 0, "")], False)
+        claiming = asyncio.create_task(stores[1].claim({"work": (3, 3)}))
+        await asyncio.sleep(0.3)
+        assert not claiming.done()
+        await other.execute("COMMIT")
+        assert (len(rows), (await claiming).runs) == (3, [])
+        other.terminate()
+        for store in stores:
+            await store.close()
+
+    @in_a_loop
+    async def test_fence(self, server: PostgresServer) -> None:
+        """What was claimed by another meanwhile is neither extended nor settled; a key is free after `keep`."""
+        store = bgjob.PostgresStore(server.url(), prefix="fence", lease="1s", keep="1s")
+        await store.open("me", lambda: None)
+        await store.enlist({"work": bgjob.Listing("", False, None)})
+        call = bgjob.Call("work#k", "work", None, 0, "")
+        assert await store.push([call], False) != [None]
+        (old,) = (await store.claim({"work": (1, 1)})).runs
+        await asyncio.sleep(1.05)
+        (new,) = (await store.claim({"work": (1, 1)})).runs
+        assert (new.tries, new.lost, new.token) == (2, 1, 2)
+        done = bgjob.Settlement("work#k", 1, "work", old.at, True, State.SUCCEEDED, 0, False, 1, None, None, "1")
+        assert await store.beat({"work#k": old.token}) == {}
+        assert await store.settle([done, done._replace(state=State.SCHEDULED)]) == ["refused", "refused"]
+        assert await store.beat({"work#k": new.token}) == {"work#k": False}
+        assert await store.settle([done._replace(token=2), done._replace(id="other")]) == ["done", "refused"]
+        assert await store.settle([done._replace(token=2)]) == ["refused"]
+        assert await store.push([call], False) == [None]
+        await asyncio.sleep(1.05)
+        assert await store.push([call], False) != [None]
+        await store.close()
 
     @in_a_loop
     async def test_lost_answers(self, server: PostgresServer) -> None:
