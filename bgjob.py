@@ -3924,7 +3924,7 @@ class _Bell(asyncio.DatagramProtocol):
 
 
 _POSTGRES_CONNECTIONS = 4  # of a process, beside the one for hints
-_POSTGRES_RING = 0.005  # s between two notifications: their commits queue up, and each wakes all instances
+_POSTGRES_RING = 0.01  # s between two notifications: their commits queue up, and each wakes all instances
 _POSTGRES_DEAF = 1000  # ms between two looks where hints don't arrive
 # SQLSTATEs: outages and whatever passes by itself; what is tried again at once (deadlock, serialization, a statement
 # that isn't prepared any more); a table that isn't there
@@ -4007,21 +4007,21 @@ class _PostgresStatements(NamedTuple):
             CASE started WHEN 1 THEN $7::text END, CASE started WHEN 1 THEN {_POSTGRES_CLOCK} END
         FROM w WHERE due IS NOT NULL ON CONFLICT DO NOTHING RETURNING id"""
     # the same for one call and for many, which costs the server twice as much
-    push_one: str = f"""INSERT INTO bgjob_run(id, job, due, at, call, args, token) SELECT $1, $2, c.at, c.at, 1, $5,
-        coalesce((SELECT token FROM bgjob_past WHERE id = $1), 0)
+    push_one: str = f"""INSERT INTO bgjob_run(id, job, due, at, call, args, token)
+        SELECT $1, $2, c.at, c.at, 1, $5, coalesce(p.token, 0)
         FROM (SELECT coalesce($3::bigint, {_POSTGRES_NOW} + $4::bigint) AS at) AS c
-        WHERE NOT EXISTS(SELECT 1 FROM bgjob_run WHERE id = $1) AND NOT EXISTS(SELECT 1 FROM bgjob_past
-        WHERE id = $1 AND state IN ('succeeded', 'failed') AND finished > {_POSTGRES_NOW} - $6::bigint)
+        LEFT JOIN bgjob_past p ON p.id = $1 WHERE NOT EXISTS(SELECT 1 FROM bgjob_run WHERE id = $1)
+        AND (p.id IS NULL OR p.state NOT IN ('succeeded', 'failed') OR p.finished <= {_POSTGRES_NOW} - $6::bigint)
         ON CONFLICT DO NOTHING RETURNING id, at, CASE WHEN $7 AND at <= {_POSTGRES_NOW} + $8::bigint
         THEN pg_notify('bgjob_wake', $9::text)::text END"""
     push: str = f"""WITH c AS MATERIALIZED (SELECT id, job, coalesce(at, {_POSTGRES_NOW} + delay) AS at, args
             FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::text[])
             AS c(id, job, at, delay, args)),
-        new AS (INSERT INTO bgjob_run(id, job, due, at, call, args, token) SELECT id, job, at, at, 1, args,
-            coalesce((SELECT p.token FROM bgjob_past p WHERE p.id = c.id), 0) FROM c
-            WHERE NOT EXISTS(SELECT 1 FROM bgjob_run r WHERE r.id = c.id) AND NOT EXISTS(SELECT 1 FROM bgjob_past p
-            WHERE p.id = c.id AND p.state IN ('succeeded', 'failed') AND p.finished > {_POSTGRES_NOW} - $6::bigint)
-            ORDER BY id ON CONFLICT DO NOTHING RETURNING id, at)
+        new AS (INSERT INTO bgjob_run(id, job, due, at, call, args, token)
+            SELECT c.id, c.job, c.at, c.at, 1, c.args, coalesce(p.token, 0) FROM c
+            LEFT JOIN bgjob_past p ON p.id = c.id WHERE NOT EXISTS(SELECT 1 FROM bgjob_run r WHERE r.id = c.id)
+            AND (p.id IS NULL OR p.state NOT IN ('succeeded', 'failed') OR p.finished <= {_POSTGRES_NOW} - $6::bigint)
+            ORDER BY c.id ON CONFLICT DO NOTHING RETURNING id, at)
         SELECT id, at, CASE WHEN $7 AND at <= {_POSTGRES_NOW} + $8::bigint
             THEN pg_notify('bgjob_wake', $9::text)::text END FROM new"""
     # two seeks a job: no job blocks another's head of line
@@ -4438,7 +4438,20 @@ class PostgresStore:
             schedules, timeouts = [one.schedule for one in new.values()], [one.timeout for one in new.values()]
             await db.fetch(self._sql.enlist, now, [*new], schedules, timeouts, first)
             rows = await db.fetch(self._sql.listed, names)
+        if names and not self._pooled:
+            await self._warm_up(db)
         return now, {job: last for _, job, last, _, _ in rows if job is not None}
+
+    async def _warm_up(self, db: _PostgresConnection) -> None:
+        """Have the statements planned that the first ticks would wait for; the connection that was used last is next.
+        Of no rows they do nothing."""
+        sql, none = self._sql, cast("list[object]", [])
+        for statement in (sql.last, sql.facts, sql.lock_jobs):
+            await db.fetch(statement, none)
+        await db.fetch(sql.lock_ticks, none, none)
+        await db.fetch(sql.hand_out, none, none, none, none, none, self.lease, self._owner)
+        await db.fetch(sql.heads, none, self._owner)
+        await db.fetch(sql.claim, none, none, none, self._owner, self.lease)
 
     async def tick(self, ticks: Sequence[Tick]) -> tuple[int, Sequence[Answer]]:
         return await self._do(lambda db: self._tick(db, ticks))
