@@ -5339,6 +5339,12 @@ def a_call(id: str, job: str = "work", delay: int = 0) -> bgjob.Call:
     return bgjob.Call(id, job, None, delay, "[[1],{}]")
 
 
+async def claimed(store: bgjob.RedisStore) -> list[bgjob.Claimed]:
+    """What the store believes to have claimed, for who hasn't kept it."""
+    rows = (await store.overview(99)).running
+    return [bgjob.Claimed(r.id, r.job, r.at, True, r.args, r.attempt, 0, r.token, False) for r in rows]
+
+
 def an_end(run: bgjob.Claimed, state: State, delay: int = 0, back: bool = False) -> bgjob.Settlement:
     return bgjob.Settlement(run.id, run.token, run.job, run.at, run.call, state, delay, back, 1, None, None, "null")
 
@@ -5628,6 +5634,118 @@ class TestRedis:
             row = await store.find("two")
             assert row is not None
             assert (row.state, row.token) == (State.CANCELLED, 1)
+            await store.push([a_call("three")], False)
+            (run,) = (await store.claim({"work": (1, 1)})).runs
+            await store.settle([an_end(run, State.SUCCEEDED)])
+            row = await store.find("three")
+            await asyncio.sleep(0.01)
+            assert await store.settle([an_end(run, State.SUCCEEDED)]) == ["done"]
+            assert await store.find("three") == row
+
+    @in_a_loop
+    async def test_taken_over(self, shared_redis: RedisPlace) -> None:
+        """A run whose lease has ended is another's, which is told when to ask; what its last owner says is refused."""
+        url, prefix = shared_redis.server, f"{shared_redis.prefix}_x"
+        store, other = (bgjob.RedisStore(url, prefix=prefix, lease=1) for _ in range(2))
+        async with opened(store), opened(other, "other"):
+            await store.push([a_call("one")], False)
+            news = await store.claim({"work": (1, 1)})
+            (run,) = news.runs
+            beside = await other.claim({"work": (1, 1)})
+            assert (beside.runs, beside.next_due) == ([], news.now + 1000)
+            await asyncio.sleep(0.5)
+            assert await store.beat({"one": 1}) == {"one": False}
+            await asyncio.sleep(0.7)
+            assert not (await other.claim({"work": (1, 1)})).runs
+            await asyncio.sleep(0.4)
+            (again,) = (await other.claim({"work": (1, 1)})).runs
+            assert again == run._replace(tries=2, lost=1, token=2)
+            assert await store.beat({"one": 1}) == {}
+            assert await store.settle([an_end(run, State.SUCCEEDED)]) == ["refused"]
+            assert await other.settle([an_end(again, State.SUCCEEDED)]) == ["done"]
+
+    @in_a_loop
+    async def test_ticks_ahead(self, shared_redis: RedisPlace) -> None:
+        """A tick that the server's clock hasn't reached is early, and nobody's yet."""
+        async with opened(bgjob.RedisStore(shared_redis.server, prefix=f"{shared_redis.prefix}_x")) as store:
+            now, lasts = await store.enlist({"work": bgjob.Listing("x", False, None)})
+            tick = bgjob.Tick("work", now + 300, 0, 1, False, 1, 1)
+            assert (await store.tick([tick]))[1] == [bgjob.Answer(tick, "early", lasts["work"])]
+            await asyncio.sleep(0.3)
+            _, (answer,) = await store.tick([tick])
+            assert (answer.word, answer.last, answer.run is None) == ("won", tick.at, False)
+
+    @in_a_loop
+    async def test_wakes_who_waits(self, redis_server: RedisServer) -> None:
+        """Whoever waits for an end is woken at it, and nobody else; an owner when its run is to be cancelled."""
+        heard: dict[str, list[int]] = {"me": [], "waits": [], "other": []}
+        async with AsyncExitStack() as stack:
+            stores = {}
+            for owner, calls in heard.items():
+                stores[owner] = store = bgjob.RedisStore(redis_server.url())
+                await store.open(owner, lambda calls=calls: calls.append(1))
+                stack.push_async_callback(store.close)
+            store = stores["me"]
+            await store.push([a_call("one"), a_call("two")], False)
+            await store.claim({"work": (2, 2)})
+            assert await stores["waits"].find("one", watch=True)
+            await store.settle([an_end(run, State.SUCCEEDED) for run in await claimed(store)])
+            await until(lambda: heard["waits"])
+            await store.push([a_call("three")], False)
+            await store.claim({"work": (2, 2)})
+            assert await stores["other"].cancel("work", "three")
+            await until(lambda: heard["me"])
+            assert (await store.claim({})).cancelled == ["three"]
+            await asyncio.sleep(0.1)
+            assert (len(heard["waits"]), len(heard["other"])) == (1, 0)
+
+    @in_a_loop
+    async def test_idle_connections(self, redis_server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+        """Connections that something in between has closed while they were idle are no outage."""
+        (registry,), (job,) = instances(1, Work(parallelism=9))
+        async with going(redis_server.url(), registry):
+            for n in range(3):
+                runs = await asyncio.gather(*(job.submit(n) for _ in range(8)))
+                await asyncio.gather(*(run.result(20) for run in runs))
+                await redis_server.ask("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            await (await job.submit(9)).result(20)
+        assert "unreachable" not in caplog.text
+
+    @in_a_loop
+    async def test_submitted_during_a_claim(self, shared_redis: RedisPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A delayed run that is submitted while a claim is under way isn't late, though the claim's answer lacks it."""
+        claim, asked, go = bgjob.RedisStore.claim, asyncio.Event(), asyncio.Event()
+
+        async def slow(store: bgjob.RedisStore, free: Any) -> bgjob.News:
+            news = await claim(store, free)
+            asked.set()
+            await go.wait()
+            return news
+
+        monkeypatch.setattr(bgjob.RedisStore, "claim", slow)
+        (registry,), (job,) = instances(1, Work())
+        async with going(shared_redis.url(), registry):
+            await asked.wait()
+            run = await job.after("300ms").submit(1)
+            go.set()
+            assert await run.result(3) == 1
+
+    @in_a_loop
+    async def test_rests(self, place: SQLitePlace, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An instance that has nothing to do does nothing, one without jobs and one that drains too."""
+        exchange, number = bgjob._Shared._exchange, 0
+
+        async def counted(engine: bgjob._Shared) -> None:
+            nonlocal number
+            number += 1
+            await exchange(engine)
+
+        monkeypatch.setattr(bgjob._Shared, "_exchange", counted)
+        (client, worker), (job, _) = instances(2, Work(held=True))
+        async with going(place.url(), client, jobs=[]), going(place.url(), worker, drain="300ms"):
+            await job.submit()
+            await asyncio.sleep(0.3)
+        assert 0 < number < 30
 
     @in_a_loop
     async def test_deaf(self, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
