@@ -970,7 +970,8 @@ def Depends(factory: Factory, scope: Scope = "run") -> object:
 
     Args:
         factory: a function, async function, generator or async generator; what follows its `yield` is the
-            clean-up, in a `finally`, for what the function raises is raised there too. Its own parameters may be
+            clean-up, and runs whatever the outcome. Where the `yield` stands in a `try` or `with`, what the function
+            raised is raised there, so that `with transaction(): yield` rolls back. Its own parameters may be
             dependencies. It runs in the event loop, a plain one too.
         scope: "run" (the default): made once per attempt, and cleaned up after it in reverse order, whatever the
             outcome. "app": made when `run()` starts and cleaned up after the last run; it can't need a "run" one.
@@ -1080,13 +1081,71 @@ class _Resolver:
         return self._made[factory]
 
     async def _make(self, factory: Factory) -> object:
-        arguments = await self.fill(_Plan(factory).needs)
+        made = factory(**await self.fill(_Plan(factory).needs))
         if inspect.isasyncgenfunction(factory):
-            return await self._stack.enter_async_context(asynccontextmanager(factory)(**arguments))
+            opened = asynccontextmanager(lambda: cast(AsyncGenerator[object], made))()
+            value = await opened.__aenter__()
+            self._stack.push_async_exit(_leaving(made, opened.__aexit__))
+            return value
         if inspect.isgeneratorfunction(factory):
-            return self._stack.enter_context(contextmanager(factory)(**arguments))
-        made = factory(**arguments)
+            held = contextmanager(lambda: cast("Generator[object, None, None]", made))()
+            value = held.__enter__()
+            self._stack.push_async_exit(_leaving(made, held.__exit__))
+            return value
         return await made if inspect.isawaitable(made) else made
+
+
+def _leaving(generator: object, leave: Callable[..., object]) -> Callable[..., Coroutine[object, object, bool]]:
+    """The clean-up of a generator that stands at its `yield`.
+
+    What follows the `yield` runs whatever the outcome, so what was raised isn't raised there, but where a `try` or
+    `with` around it is there to see it: `with transaction(): yield` must roll back.
+    """
+    frame = cast(FrameType, getattr(generator, "gi_frame", None) or getattr(generator, "ag_frame", None))
+    sees = _handler(frame) != _no_handler()
+
+    async def clean_up(*raised: object) -> bool:
+        left = leave(*(raised if sees else (None, None, None)))
+        if inspect.isawaitable(left):
+            await left
+        return False  # a factory that swallows it doesn't make the attempt a success
+
+    return clean_up
+
+
+def _handler(frame: FrameType) -> bytes:
+    """The instruction at which a frame would go on if an exception were raised in it now, by its code's own table.
+
+    Source: InternalDocs/exception_handling.md of CPython. 7 bits a byte: first of an entry, another follows, number.
+    """
+    code, at = frame.f_code, frame.f_lasti
+    table = iter(code.co_exceptiontable)
+
+    def number() -> int:
+        byte = next(table)
+        value = byte & 63
+        while byte & 64:
+            byte = next(table)
+            value = value << 6 | byte & 63
+        return value
+
+    with suppress(StopIteration):
+        while True:
+            start, length, target, _ = [2 * number() for _ in range(4)]
+            if start <= at < start + length:
+                return code.co_code[target : target + 2]
+    return b""
+
+
+@functools.cache
+def _no_handler() -> bytes:
+    """From Python 3.12 on all of a generator is in a handler of its own, which turns `StopIteration` into an error."""
+
+    def bare() -> Iterator[FrameType | None]:
+        yield inspect.currentframe()
+
+    generator = bare()
+    return _handler(cast(FrameType, next(generator)))
 
 
 class _AppScope:
@@ -2309,19 +2368,14 @@ class _Engine:
         return await self._call_plain(run, spec, run.kwargs)
 
     async def _call_with_needs(self, run: _Live, spec: _Spec) -> object:
-        failure: BaseException
         given = spec.plan.signature.bind_partial(*run.args, **run.kwargs).arguments
         async with AsyncExitStack() as stack:
-            try:
-                made = await _Resolver(stack, self._registry.overrides, self._app.get).fill(spec.plan.needs, given)
-                kwargs = {**run.kwargs, **made}
-                if spec.plan.is_async:
-                    return await spec.plan.function(*run.args, **kwargs)
-                return await self._call_plain(run, spec, kwargs)
-            except BaseException as error:
-                failure = error
-                raise
-        raise failure  # a factory swallowed what was raised at its yield; the attempt has failed all the same
+            made = await _Resolver(stack, self._registry.overrides, self._app.get).fill(spec.plan.needs, given)
+            kwargs = {**run.kwargs, **made}
+            if spec.plan.is_async:
+                return await spec.plan.function(*run.args, **kwargs)
+            return await self._call_plain(run, spec, kwargs)
+        raise AssertionError("no clean-up swallows what was raised")
 
     async def _call_plain(self, run: _Live, spec: _Spec, kwargs: Mapping[str, object]) -> object:
         call: Callable[[], object] = functools.partial(spec.plan.function, *run.args, **kwargs)

@@ -2255,6 +2255,61 @@ class TestEdges:
 
         assert virtually(main()) == state
 
+    def test_what_follows_the_yield(self) -> None:
+        """It runs whatever the outcome; what was raised is seen by a `try` or `with` around the yield, and by no other."""
+        events: list[str] = []
+
+        @contextlib.contextmanager
+        def transaction():
+            try:
+                yield
+                events.append("commit")
+            except BaseException as error:
+                events.append(f"rollback {type(error).__name__}")
+                raise
+
+        def plain():
+            for number in (1, 2):
+                if number == 2:
+                    yield 1
+            events.append("plain")
+
+        def within():
+            with transaction():
+                yield 1
+
+        async def async_plain():
+            yield 1
+            await asyncio.sleep(0)
+            events.append("async plain")
+
+        async def async_within():
+            try:
+                yield 1
+            finally:
+                events.append("finally")
+
+        def left_before():
+            with contextlib.suppress(ValueError):
+                int("1")
+            yield 1
+            events.append("left before")
+
+        factories = (plain, within, async_plain, async_within, left_before)
+        for outcome in ("succeeds", "fails", "hangs"):
+            for factory in factories:
+                registry = Registry()
+
+                @registry.job(after=0, timeout="1s")
+                async def work(x: int = Depends(factory), outcome: str = outcome) -> None:
+                    if outcome == "fails":
+                        raise ValueError
+                    await asyncio.sleep(5 if outcome == "hangs" else 0)
+
+                registry.simulate("1m", start=START)
+        ends = [["commit"], ["rollback ValueError"], ["rollback CancelledError"]]
+        assert events == [event for end in ends for event in ("plain", *end, "async plain", "finally", "left before")]
+
     def test_a_factory_that_swallows(self) -> None:
         """A dependency that swallows what was raised at its yield doesn't turn a failure into a success."""
         registry = Registry()
