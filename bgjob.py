@@ -56,6 +56,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from bisect import bisect_left
 from collections import Counter, OrderedDict, deque
 from collections.abc import (
@@ -1915,6 +1916,10 @@ class _Past:
         self._keys: deque[tuple[int, str]] = deque()
 
     def add(self, run: _Live, now: int) -> None:
+        if run._exception is not None:
+            traceback.clear_frames(
+                run._exception.__traceback__
+            )  # it has been logged, and would hold the job's variables
         if run.key is not None and run.state is not _CANCELLED:
             self._keyed[run.id] = run
             self._keys.append((now + _KEEP, run.id))

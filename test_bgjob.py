@@ -29,6 +29,7 @@ import textwrap
 import threading
 import time
 import traceback
+import weakref
 import zoneinfo
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import (
@@ -2254,6 +2255,31 @@ class TestEdges:
             return run.state
 
         assert virtually(main()) == state
+
+    def test_failures_let_go(self) -> None:
+        """A failed run is remembered with its traceback, but not with what the function's variables held."""
+        registry, held = Registry(), []
+
+        class Big:
+            pass
+
+        @registry.job(after=0)
+        async def work() -> None:
+            big = Big()
+            held.append(weakref.ref(big))
+            raise ValueError("no")
+
+        async def main() -> None:
+            async with driven(registry) as engine:
+                await asyncio.sleep(1)
+                gc.collect()
+                (run,) = engine._past._recent.values()
+                assert (held[0](), run.error) == (None, "ValueError: no")
+                with pytest.raises(RunFailed) as failed:
+                    await run.result()
+                assert "in work" in "".join(traceback.format_exception(failed.value.__cause__))
+
+        virtually(main())
 
     def test_what_follows_the_yield(self) -> None:
         """It runs whatever the outcome; what was raised is seen by a `try` or `with` around the yield, and by no other."""
