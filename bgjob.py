@@ -3755,7 +3755,8 @@ class SQLiteStore:
     def _guard(self) -> None:
         """The thread: checkpoints, and beats where the loop is late with them."""
         while not self._stopped:
-            self._stir.wait(self.lease / 6000)
+            pause = self.lease / 6000
+            self._stir.wait(min(1.0, pause) if self._log_is_long() else pause)  # a checkpoint gives way to others
             self._stir.clear()
             with suppress(Exception):  # a lock, a full disk: the loop meets it too, and says so
                 self._guard_once()
@@ -4395,6 +4396,11 @@ class PostgresStore:
         expiry = self._loop.call_at(until, db.terminate)
         try:
             return await asked
+        except Exception as error:
+            if self._loop.time() >= until:  # whatever asyncpg makes of a connection that was ended under it
+                raise TimeoutError from error
+            db.terminate()
+            raise
         except BaseException:
             db.terminate()
             raise
