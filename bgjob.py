@@ -3441,7 +3441,7 @@ class _SQLiteStatements(NamedTuple):
 
     enlist: str = """INSERT INTO bgjob_tick(job, last, schedule, timeout) VALUES(?1, ?2, ?3, ?4) ON CONFLICT(job)
         DO UPDATE SET last = CASE WHEN schedule = ?3 THEN last ELSE ?2 END, schedule = ?3, timeout = ?4"""
-    last: str = "SELECT job, last FROM bgjob_tick WHERE job IN (SELECT value FROM json_each(?))"
+    last: str = "SELECT job, last FROM bgjob_tick WHERE job IN (SELECT value FROM json_each(?1))"
     # "+due" keeps the planner off bgjob_due: it would walk over all that waits
     facts: str = """SELECT t.job, t.last, (SELECT count(*) FROM bgjob_run r WHERE r.job = t.job AND r.call = 0),
         (SELECT count(*) FROM bgjob_run r WHERE r.job = t.job AND r.owner IS NOT NULL AND +r.due > ?2),
@@ -3458,7 +3458,7 @@ class _SQLiteStatements(NamedTuple):
     # two seeks a job: no job blocks another's head of line
     heads: str = """SELECT j.value, EXISTS(SELECT 1 FROM bgjob_run WHERE job = j.value AND due <= ?2),
         (SELECT min(due) FROM bgjob_run WHERE job = j.value AND due > ?2) FROM json_each(?1) j"""
-    flagged: str = "SELECT id FROM bgjob_run WHERE owner = ? AND cancel = 1"
+    flagged: str = "SELECT id FROM bgjob_run WHERE owner = ?1 AND cancel = 1"
     busy: str = "SELECT count(*) FROM bgjob_run WHERE job = ?1 AND owner IS NOT NULL AND +due > ?2"
     claim: str = """UPDATE bgjob_run SET owner = ?4, due = ?5, since = ?2, token = token + 1, tries = tries + 1,
         lost = lost + (owner IS NOT NULL) WHERE id IN (
@@ -3471,7 +3471,7 @@ class _SQLiteStatements(NamedTuple):
     finish_plain: str = """DELETE FROM bgjob_run WHERE id IN (SELECT value FROM json_each(?1)) AND owner = ?2
         AND awaited = 0 RETURNING id"""
     remember: str = """INSERT OR REPLACE INTO bgjob_past(id, job, state, at, args, attempt, token, owner, since,
-        finished, error, reason, result) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+        finished, error, reason, result) VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)"""
     prune: str = """DELETE FROM bgjob_past WHERE id IN (
         SELECT id FROM bgjob_past WHERE finished <= ?1 ORDER BY finished LIMIT ?2)"""
     signal: str = """UPDATE bgjob_run SET cancel = 1
@@ -3481,17 +3481,35 @@ class _SQLiteStatements(NamedTuple):
         SELECT id FROM bgjob_run WHERE ?2 IS NULL AND job = ?1 AND (owner IS NULL OR due <= ?3) LIMIT 1000)
         RETURNING id, job, at, args, tries, token, owner, since, error"""
     find: str = f"SELECT {_SQLITE_ROW}, awaited FROM bgjob_run WHERE id = ?2"
-    find_past: str = f"SELECT {_SQLITE_PAST} FROM bgjob_past WHERE id = ?"
+    find_past: str = f"SELECT {_SQLITE_PAST} FROM bgjob_past WHERE id = ?1"
     jobs: str = "SELECT job, last, schedule, timeout FROM bgjob_tick ORDER BY job"
     running: str = f"SELECT {_SQLITE_ROW} FROM bgjob_run WHERE owner IS NOT NULL AND +due > ?1 AND ?2 ORDER BY since"
     due: str = f"SELECT {_SQLITE_ROW} FROM bgjob_run WHERE tries = 0 ORDER BY due, id LIMIT ?2"
     retrying: str = f"""SELECT {_SQLITE_ROW} FROM bgjob_run WHERE tries > 0 AND (owner IS NULL OR due <= ?1)
         ORDER BY due, id LIMIT ?2"""
-    failed: str = f"SELECT {_SQLITE_PAST} FROM bgjob_past WHERE state = 'failed' ORDER BY finished DESC LIMIT ?2"
-    watch: str = "UPDATE bgjob_run SET awaited = 1 WHERE id = ?"
-    peers: str = "SELECT owner, port FROM bgjob_peer WHERE owner <> ?"
-    here: str = "INSERT OR REPLACE INTO bgjob_peer(owner, port, seen) VALUES(?, ?, ?)"
+    failed: str = f"""SELECT {_SQLITE_PAST} FROM bgjob_past WHERE state = 'failed' AND finished <= ?1
+        ORDER BY finished DESC LIMIT ?2"""
+    watch: str = "UPDATE bgjob_run SET awaited = 1 WHERE id = ?1"
+    peers: str = "SELECT owner, port FROM bgjob_peer WHERE owner <> ?1"
+    here: str = "INSERT OR REPLACE INTO bgjob_peer(owner, port, seen) VALUES(?1, ?2, ?3)"
     gone: str = "DELETE FROM bgjob_peer WHERE owner = ?1 OR seen < ?2"
+
+
+class _Numbered:
+    """An SQLite connection that takes the parameters of ?1, ?2 … in their order; sqlite3 wants them by name."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+        self.close = db.close
+
+    def execute(self, sql: str, parameters: Sequence[object] = ()) -> sqlite3.Cursor:
+        return self._db.execute(sql, dict(zip(_NUMBERS, parameters, strict=False)))
+
+    def executemany(self, sql: str, rows: Iterable[Sequence[object]]) -> sqlite3.Cursor:
+        return self._db.executemany(sql, [dict(zip(_NUMBERS, row, strict=False)) for row in rows])
+
+
+_NUMBERS = tuple(map(str, range(1, 14)))
 
 
 class SQLiteStore:
@@ -3529,7 +3547,7 @@ class SQLiteStore:
         self.keep = _duration("keep", keep, 1)
         self._prefix = _checked_prefix(prefix)
         self._sql = _SQLiteStatements(*_prefixed(_SQLiteStatements(), prefix))
-        self._db: sqlite3.Connection | None = None
+        self._db: _Numbered | None = None
         self._held: dict[str, int] = {}
         self._writes = 0
         self._fault: str | None = None
@@ -3578,7 +3596,7 @@ class SQLiteStore:
         if sqlite3.sqlite_version_info < (3, 35):
             raise StoreError(f"{self!r}: needs SQLite 3.35, Python has {sqlite3.sqlite_version} here")
         try:
-            self._db = sqlite3.connect(self._file, timeout=0, isolation_level=None, cached_statements=64)
+            self._db = _Numbered(sqlite3.connect(self._file, timeout=0, isolation_level=None, cached_statements=64))
             (mode,) = (await self._retry("PRAGMA journal_mode = WAL")).fetchone()
             if mode != "wal":
                 raise StoreError(f"{self!r}: no write-ahead log is possible there (journal_mode is {mode!r})")
@@ -3638,9 +3656,9 @@ class SQLiteStore:
             if self._db is None:
                 raise Unreachable(f"{self!r}: it isn't open")
             try:
-                return self._db.execute(sql, cast("tuple[str]", parameters))
+                return self._db.execute(sql, parameters)
             except sqlite3.Error as error:
-                if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                     raise self._error(error) from error
                 if self._loop.time() - began > min(_VERB_LIMIT, self.lease / 4000):
                     raise self._error(error) from error
@@ -3656,16 +3674,16 @@ class SQLiteStore:
         import sqlite3
 
         try:
-            cast("sqlite3.Connection", self._db).execute("BEGIN IMMEDIATE")
+            cast(_Numbered, self._db).execute("BEGIN IMMEDIATE")
         except sqlite3.Error:
             return False
         return True
 
     @contextmanager
-    def _transaction(self) -> Generator[sqlite3.Connection, None, None]:
+    def _transaction(self) -> Generator[_Numbered, None, None]:
         import sqlite3
 
-        db = cast("sqlite3.Connection", self._db)
+        db = cast(_Numbered, self._db)
         try:
             yield db
             db.execute("COMMIT")
@@ -3700,7 +3718,7 @@ class SQLiteStore:
     # Hints
 
     def _data_version(self) -> int:
-        return int(cast("sqlite3.Connection", self._db).execute("PRAGMA data_version").fetchone()[0])
+        return int(cast(_Numbered, self._db).execute("PRAGMA data_version").fetchone()[0])
 
     def _look(self) -> None:
         """Did another process write, so that something may be due? It rings as well; this is in case the bell isn't
@@ -3745,7 +3763,7 @@ class SQLiteStore:
             for owner, port in self._db.execute(self._sql.peers, (self._owner,)).fetchall():
                 self._bell.sendto(owner.encode(), ("127.0.0.1", port))
 
-    def _sign_in(self, db: sqlite3.Connection, now: int) -> None:
+    def _sign_in(self, db: _Numbered, now: int) -> None:
         """Say where we can be rung; forget those who haven't for long."""
         if self._bell is not None:
             port = self._bell.get_extra_info("sockname")[1]
@@ -3768,7 +3786,7 @@ class SQLiteStore:
         from pathlib import Path
 
         file = f"{Path(self._file).as_uri()}?mode=rw"  # or the file would come back after it was deleted
-        with closing(sqlite3.connect(file, uri=True, timeout=self.lease / 4000, isolation_level=None)) as db:
+        with closing(_Numbered(sqlite3.connect(file, uri=True, timeout=self.lease / 4000, isolation_level=None))) as db:
             db.execute("PRAGMA synchronous = NORMAL")
             asked = self._loop.time()
             if asked - self._beaten > self.lease / 2000:
@@ -3841,7 +3859,7 @@ class SQLiteStore:
             self._wake_others()
         return stored
 
-    def _push_one(self, db: sqlite3.Connection, call: Call, now: int) -> int | None:
+    def _push_one(self, db: _Numbered, call: Call, now: int) -> int | None:
         at = now + call.delay if call.at is None else call.at
         new = db.execute(self._sql.push, (call.id, call.job, at, call.args, now - self.keep)).rowcount
         return at if new else None
@@ -3860,7 +3878,7 @@ class SQLiteStore:
         self._held.update((run.id, run.token) for run in runs)
         return News(now, runs, next_due, flagged)
 
-    def _claim_of(self, db: sqlite3.Connection, job: str, free: int, parallelism: int, now: int) -> list[Claimed]:
+    def _claim_of(self, db: _Numbered, job: str, free: int, parallelism: int, now: int) -> list[Claimed]:
         (busy,) = db.execute(self._sql.busy, (job, now)).fetchone()
         n = min(free, parallelism - busy)
         if n <= 0:
@@ -3895,7 +3913,7 @@ class SQLiteStore:
     def _owns(self, end: Settlement) -> bool:
         return self._held.get(end.id) == end.token
 
-    def _settle_one(self, db: sqlite3.Connection, end: Settlement, now: int) -> _Settled:
+    def _settle_one(self, db: _Numbered, end: Settlement, now: int) -> _Settled:
         state, reason = end.state, end.reason
         if state is _SCHEDULED:
             due = end.at if end.back else now + end.delay

@@ -2655,6 +2655,9 @@ def found_place(kind: str, folder: Path) -> SQLitePlace | PostgresPlace | RedisP
         pytest.skip(f"no {kind.capitalize()}Store")
     place = PLACES[kind]()
     server = urlsplit(place.server)
+    driver = {"postgres": "asyncpg", "redis": "redis"}[kind]
+    if importlib.util.find_spec(driver) is None:
+        refuse_server(f"no {driver}: pip install 'bgjob[{kind}]'")
     try:
         socket.create_connection((server.hostname, server.port or PORTS[kind]), 2).close()
     except OSError as error:
@@ -3611,7 +3614,7 @@ async def fill(store: SQLiteStore, number: int) -> None:
     with store._transaction() as db:
         for job, due in (("job", 1 << 50), ("blocked", 0)):
             rows = ((f"{job} {n} of {number}", job, due + n) for n in range(number))
-            db.executemany("INSERT INTO bgjob_run(id, job, due, at, call) VALUES(?, ?, ?, 0, 1)", rows)
+            db.executemany("INSERT INTO bgjob_run(id, job, due, at, call) VALUES(?1, ?2, ?3, 0, 1)", rows)
 
 
 @contextmanager
@@ -3651,9 +3654,9 @@ async def submit_until_refused(job: Job, runs: list[Run]) -> None:
 async def steps(store: SQLiteStore, verb: Awaitable[object]) -> int:
     """What SQLite does for a verb, counted: no clock tells it as well."""
     done: list[int] = []
-    store._db.set_progress_handler(lambda: done.append(1), 1)
+    store._db._db.set_progress_handler(lambda: done.append(1), 1)
     assert await verb
-    store._db.set_progress_handler(None, 0)
+    store._db._db.set_progress_handler(None, 0)
     return len(done)
 
 
