@@ -48,7 +48,6 @@ import inspect
 import itertools
 import logging
 import math
-import operator
 import os
 import re
 import selectors
@@ -5857,26 +5856,9 @@ simulate: Final = default.simulate
 # `bgjob run | list | submit | status | cancel`, as the installed script and as `python bgjob.py`. Data goes to stdout,
 # all else to stderr. Colours are for terminals; a line is wrapped at the terminal's width or at 80, never cut.
 
-_PAGE = """\
-bgjob - background jobs for asyncio services
-
-  bgjob run TARGET... [--store URL] [--jobs a,b] [--drain 20s]
-      Run the jobs until Ctrl-C or SIGTERM, then wait for those going.
-
-  bgjob list TARGET... [-n 5]
-      Each job, its schedule, its next ticks, and the next 24 hours at a glance.
-
-  bgjob submit TARGET JOB [--args JSON] [--after 5m] [--wait] --store URL
-      Submit one run and print its id, or with --wait its result.
-
-  bgjob status --store URL [--json]
-      What runs where since when, what is due, what is retried, what failed.
-
-  bgjob cancel RUN --store URL
-      Cancel a run wherever it is, and say what became of it.
-
+_NOTES = """\
 TARGET is a module (app.jobs) or a path (jobs.py). It is imported; its jobs are
-those of the default registry and of each Registry that it holds in a variable.
+those of @job, or else of the one Registry that it holds in a variable.
 
 URL is sqlite:///jobs.db (three slashes relative, four absolute), redis://... or
 postgresql://..., each with ?prefix=...&lease=30s&keep=1d if wanted.
@@ -5888,366 +5870,329 @@ Exit status: 0 done or stopped as asked, 1 refused or failed, 2 wrong usage,
   bgjob run app.jobs --store sqlite:///jobs.db
   bgjob submit app.jobs send_mail --args '["a@b.c"]' --store sqlite:///jobs.db
   watch bgjob status --store sqlite:///jobs.db
-
-bgjob COMMAND --help says more about one of them.
 """
-_ROWS = 10  # of each part of `bgjob status`; with --json a hundred times as many
+_ROWS = 10  # of each part of `bgjob status`, but for what runs; with --json a hundred times as many
 _LEAVE = 2.0  # s that the process may take to end after `bgjob run`
 _BOLD, _DIM, _RED, _GREEN, _YELLOW = 1, 2, 31, 32, 33
-_LEVELS = {logging.INFO: _GREEN, logging.WARNING: _YELLOW, logging.ERROR: _RED, logging.CRITICAL: _RED}
+_COLOURS = {"INFO": _GREEN, "WARNING": _YELLOW, "ERROR": _RED, "CRITICAL": _RED, "retrying": _YELLOW, "failed": _RED}
+_SIGNS = "·▁▂▃▄▅▆▇█"
 _NBSP = "\xa0"  # between words that a table keeps together
-_NAMED = f"(?:{'|'.join(_WEEKDAYS)})"
 _CRON_WORDS = {
     r"\* \* \* \* \*": "every minute",
     r"\*/(2|3|4|5|6|10|12|15|20|30) \* \* \* \*": "every {0} minutes",
     r"(\d+) \* \* \* \*": "hourly at :{0:0>2}",
-    r"(\d+) \*/(2|3|4|6|8|12) \* \* \*": "every {1} hours at :{0:0>2}",
     r"(\d+) (\d+) \* \* \*": "daily at {1:0>2}:{0:0>2}",
-    rf"(\d+) (\d+) \* \* ({_NAMED}(?:[-,]{_NAMED})*)": "{2} at {1:0>2}:{0:0>2}",
-    r"(\d+) (\d+) (\d+) \* \*": "day {2} of the month at {1:0>2}:{0:0>2}",
+    r"(\d+) (\d+) \* \* ([A-Z]{3}(?:[-,][A-Z]{3})*)": "{2} at {1:0>2}:{0:0>2}",
 }
 
 
-# What people read
-
-
-def _exact(ms: int) -> str:
-    """A duration as one would write it: 5m, 1h30m, 250ms."""
-    text = ""
+def _words(ms: int, brief: bool = False) -> str:
+    """A duration as one would write it, 1h30m or 250ms; if brief whole seconds, and its two largest units."""
+    rest = ms // 1000 * 1000 if brief else ms
+    parts: list[str] = []
     for unit, size in _UNITS.items():
-        number, ms = divmod(ms, size)
-        text += f"{number}{unit}" if number else ""
-    return text or "0s"
-
-
-def _brief(ms: int) -> str:
-    """A duration at a glance: one number, of the largest unit that goes into it twice."""
-    unit = next((unit for unit in ("d", "h", "m") if ms >= 2 * _UNITS[unit]), "s")
-    return f"{max(0, round(ms / _UNITS[unit]))}{unit}"
+        number, rest = divmod(rest, size)
+        parts += [f"{number}{unit}"] if number else []
+    return "".join(parts[:2] if brief else parts) or "0s"
 
 
 def _relative(ms: int) -> str:
-    if ms < -5000:
-        return f"{_brief(-ms)} late"
-    return f"in {_brief(ms)}" if ms >= 500 else "now"
+    return "now" if abs(ms) < 1000 else f"in {_words(ms, True)}" if ms > 0 else f"{_words(-ms, True)} late"
 
 
-def _cron_words(text: str) -> str:
-    """The common forms in words, any other as it is."""
-    fields = text.upper().split()
-    fields = _ALIASES[fields[0]].split() if fields[0] in _ALIASES else fields
-    if len(fields) == 6 and fields[0] == "0":
-        del fields[0]
-    if re.fullmatch("[0-7,-]+", fields[-1]):
-        fields[-1] = re.sub("[0-7]", lambda digit: _WEEKDAYS[int(digit[0]) % 7], fields[-1])
-    for pattern, words in _CRON_WORDS.items():
-        if match := re.fullmatch(pattern, " ".join(fields)):
-            return words.format(*map(str.title, match.groups()))
-    return text
-
-
-def _schedule_words(schedule: _Schedule | None, after: int | None = None) -> str:
-    if isinstance(schedule, _Cron):
-        return f"{_cron_words(schedule.text)} {schedule.zone}"
-    if schedule is not None:
-        return f"every {_exact(schedule.every)}"
-    return "on submit" if after is None else f"once, {_exact(after)} after the start"
-
-
-def _clock_words(when: datetime) -> str:
-    """14:05, and only where there are some, seconds and milliseconds."""
-    return when.isoformat(timespec="milliseconds")[11:23].removesuffix(".000").removesuffix(":00")
+def _schedule_words(spec: _Spec) -> str:
+    """The common forms of cron in words, any other as it is."""
+    if isinstance(spec.schedule, _Every):
+        return f"every {_words(spec.schedule.every)}"
+    if spec.schedule is None:
+        return "on submit" if spec.after is None else f"once, {_words(spec.after)} after the start"
+    text = words = spec.schedule.text
+    for pattern, form in _CRON_WORDS.items():
+        if match := re.fullmatch(pattern, text.upper()):
+            words = form.format(*map(str.title, match.groups()))
+    return f"{words} {spec.schedule.zone}"
 
 
 def _tick_words(ticks: Sequence[datetime], now: int) -> str:
-    """Ticks in their own zone; day and zone are said where they change."""
+    """Ticks in their own zone; day and zone are said where they change, seconds where there are some."""
     words: list[str] = []
-    zone = None
+    zone: str | None = None
     today = day = _aware(now, ticks[0].tzinfo or UTC).date() if ticks else None
     for tick in ticks:
         soon = today is not None and (tick.date() - today).days < 7
         date = "" if tick.date() == day else f"{tick:%a} " if soon else f"{tick:%Y-%m-%d} "
-        words.append(date + _clock_words(tick) + (f" {tick.tzname()}" if tick.tzname() != zone else ""))
+        clock = tick.isoformat(timespec="milliseconds")[11:23].removesuffix(".000").removesuffix(":00")
+        words.append(date + clock + (f" {tick.tzname()}" if tick.tzname() != zone else ""))
         day, zone = tick.date(), tick.tzname()
     return ", ".join(word.replace(" ", _NBSP) for word in words)  # a tick isn't torn apart
 
 
-def _table(rows: Sequence[Sequence[str]], width: int) -> list[list[str]]:
-    """The lines of each row: columns as wide as they need to be, the widest wrapped until all fit, no word cut."""
+def _print_table(rows: Sequence[Sequence[str]], colours: Mapping[int, int]) -> None:
+    """Columns as wide as they need to be, the widest wrapped until all fit, no word cut; rows by number in colour."""
     import textwrap
 
     columns = [*zip(*rows, strict=True)]
     widths = [max(1, *map(len, column)) for column in columns]
     least = [max(len(word) for cell in column for word in cell.split(" ")) for column in columns]
-    spare = sum(widths) + 2 * (len(widths) - 1) - width
-    while spare > 0 and widths != least:
-        widest = max(range(len(widths)), key=lambda n: (widths[n] > least[n], widths[n]))
-        widths[widest] -= 1
-        spare -= 1
+    while sum(widths) + 2 * (len(widths) - 1) > _width() and widths != least:
+        widths[max(range(len(widths)), key=lambda n: (widths[n] > least[n], widths[n]))] -= 1
     fold = functools.partial(textwrap.wrap, break_long_words=False, break_on_hyphens=False)
-    return [
-        [
-            "  ".join(part.ljust(size) for part, size in zip(parts, widths, strict=True)).replace(_NBSP, " ").rstrip()
-            for parts in itertools.zip_longest(*map(fold, row, widths), fillvalue="")
-        ]
-        for row in rows
-    ]
+    for n, row in enumerate(rows):
+        lines = itertools.zip_longest(*map(fold, row, widths), fillvalue="")
+        texts = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+        print("\n".join(_paint(sys.stdout, colours.get(n, 0), text) for text in texts))
 
 
-def _painter(stream: TextIO) -> Callable[[int, str], str]:
-    """`(colour, text) -> text`, in that colour where the stream is a terminal."""
+def _width() -> int:
+    import shutil
+
+    return shutil.get_terminal_size().columns
+
+
+def _paint(stream: TextIO, colour: int, text: str) -> str:
+    """In that colour on a terminal; without what one would obey, for a store's texts come from elsewhere."""
+    text = "".join(sign if sign.isprintable() else " " for sign in text)
     plain = not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return lambda colour, text: text if plain or not colour else f"\x1b[{colour}m{text}\x1b[0m"
-
-
-class _Screen:
-    """Where data is printed: how wide it is, whether it takes colours, and which signs it can encode."""
-
-    def __init__(self) -> None:
-        import shutil
-
-        self.width = shutil.get_terminal_size().columns
-        self.paint = _painter(sys.stdout)
-        blocks = "█".encode(sys.stdout.encoding or "ascii", "ignore")
-        self.signs, self.bar = ("·▁▂▃▄▅▆▇█", "█░") if blocks else (".12345678", "#.")
-
-    def heights(self, numbers: Iterable[int]) -> str:
-        return "".join(self.signs[min(number, 8)] for number in numbers)
-
-    def progress(self, part: float) -> str:
-        full = round(8 * min(1.0, part))
-        return self.bar[0] * full + self.bar[1] * (8 - full)
-
-    def table(self, rows: Sequence[Sequence[str]], colours: Mapping[int, int]) -> None:
-        """Print the rows, those numbers in colour."""
-        for n, lines in enumerate(_table(rows, self.width)):
-            print("\n".join(self.paint(colours.get(n, 0), line) for line in lines))
+    return text if plain or not colour else f"\x1b[{colour}m{text}\x1b[0m"
 
 
 class _LogFormat(logging.Formatter):
-    """Time, level, and what happened to which job. The date is for files: whoever looks at a terminal knows it."""
+    """Time, level, what happened to which job. The date is for files: whoever looks at a terminal knows it."""
 
-    def __init__(self, stream: TextIO) -> None:
-        super().__init__("%(asctime)s", "%H:%M:%S" if stream.isatty() else "%Y-%m-%d %H:%M:%S")
-        self.paint = _painter(stream)
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s", "%H:%M:%S" if sys.stderr.isatty() else "%Y-%m-%d %H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        time = self.paint(_DIM, record.asctime)
-        level = self.paint(_LEVELS.get(record.levelno, _DIM), f"{record.levelname:7}")
-        message = record.message
-        if record.args and isinstance(record.args, tuple) and isinstance(record.args[0], Run):
-            job = record.args[0].job
-            message = message.replace(job, self.paint(_BOLD, job), 1)
-        return f"{time} {level} {'' if record.name in ('root', 'bgjob') else f'{record.name}: '}{message}"
+        level = _paint(sys.stderr, _COLOURS.get(record.levelname, _DIM), f"{record.levelname:7}")
+        source = "" if record.name in ("root", "bgjob") else f"{record.name}: "
+        return f"{_paint(sys.stderr, _DIM, record.asctime)} {level} {source}{record.message}"
 
 
 def _complain(text: str) -> None:
-    print(f"bgjob: {_no_password(' '.join(text.split()))}", file=sys.stderr, flush=True)
+    print(f"bgjob: {_paint(sys.stderr, 0, _no_password(' '.join(text.split())))}", file=sys.stderr, flush=True)
 
 
-# What each command prints
-
-
-def _minutes(schedule: _Schedule, begin: int, end: int) -> list[int]:
-    """The minutes, counted from the epoch, in which there are ticks."""
-    found: list[int] = []
-    ticks = schedule.ticks(begin - 1)
-    while (tick := next(ticks, end)) < end:
-        minute = tick // _UNITS["m"]
-        if found and found[-1] == minute:
-            ticks = schedule.ticks((minute + 1) * _UNITS["m"] - 1)
-        else:
-            found.append(minute)
-    return found
-
-
-def _cells(minutes: Mapping[int, int], begin: int, cell: int, join: Callable[[int, int], int]) -> list[int]:
-    """24 hours in cells: the numbers of the minutes of each, joined."""
-    cells = [0] * (_UNITS["d"] // cell)
-    for minute, number in minutes.items():
-        n = (minute * _UNITS["m"] - begin) // cell
-        cells[n] = join(cells[n], number)
-    return cells
-
-
-def _print_jobs(screen: _Screen, jobs: Collection[Job], n: int, now: int) -> None:
+def _list_command(options: Any) -> None:
+    """Show each job, its schedule, its next ticks in its own zone, and when it fires in the next 24 hours. Those of
+    intervals are as with a shared store; in memory they count from the start."""
+    jobs, now = _load(options.targets).jobs.values(), _wall_ms()
     rows = [("JOB", "SCHEDULE", "NEXT", "AT")]
     for job in jobs:
-        ticks = job.next_ticks(max(n, 1), _aware(now))
+        ticks = job.next_ticks(max(options.n, 1), _aware(now))
         soon = _relative(_to_ms("tick", ticks[0]) - now).replace(" ", _NBSP) if ticks else ""
-        rows.append((job.name, _schedule_words(job._spec.schedule, job._spec.after), soon, _tick_words(ticks[:n], now)))
-    screen.table(rows, {0: _BOLD})
+        rows.append((job.name, _schedule_words(job._spec), soon, _tick_words(ticks[: options.n], now)))
+    _print_table(rows, {0: _BOLD})
+    if schedules := {job.name: job._spec.schedule for job in jobs if job._spec.schedule is not None}:
+        _print_day(schedules, now)
 
 
-def _print_day(screen: _Screen, jobs: Collection[Job], now: int) -> None:
+def _print_day(schedules: Mapping[str, _Schedule], now: int) -> None:
     """When each job fires in the next 24 hours, and where they collide."""
-    schedules = {job.name: job._spec.schedule for job in jobs if job._spec.schedule is not None}
-    zones = {str(schedule.zone): schedule.zone for schedule in schedules.values() if isinstance(schedule, _Cron)}
-    zone = zones.popitem()[1] if len(zones) == 1 else UTC
+    zone = next((schedule.zone for schedule in schedules.values() if isinstance(schedule, _Cron)), UTC)
     title = f"24 HOURS ({_aware(now, zone).tzname()})"
     margin = max(map(len, (title, *schedules))) + 2
-    per_hour = next((n for n in (6, 4, 3, 2) if margin + 24 * n <= screen.width), 1)
-    cell = _UNITS["h"] // per_hour
-    begin = now - now % _UNITS["m"] - _aware(now, zone).minute * _UNITS["m"]
-    fires = {name: _minutes(schedule, now, begin + _UNITS["d"]) for name, schedule in schedules.items()}
-    hours = (f"{_aware(begin + n * _UNITS['h'], zone):%H}".ljust(3 * per_hour) for n in range(0, 24, 3))
-    print("\n" + screen.paint(_BOLD, title.ljust(margin) + "".join(hours).rstrip()))
-    for name, minutes in fires.items():
-        print(name.ljust(margin) + screen.heights(_cells(dict.fromkeys(minutes, 1), begin, cell, operator.add)))
+    per_hour = min(max((_width() - margin) // 24, 1), 6)
+    begin = now // _UNITS["m"] - _aware(now, zone).minute
+    fires = {name: _minutes(schedule, now, (begin + 1440) * _UNITS["m"]) for name, schedule in schedules.items()}
     together = Counter(itertools.chain.from_iterable(fires.values()))
-    print("together".ljust(margin) + screen.paint(_YELLOW, screen.heights(_cells(together, begin, cell, max))))
-    few, many = screen.signs[1], screen.signs[8]
-    note = f"Each sign is {_exact(cell)}: {few} has a tick in one of its minutes, {many} in eight or more."
-    screen.table([(note + _busiest(together, fires, zone, now),)], {0: _DIM})
+    hours = (f"{_aware((begin + n * 60) * _UNITS['m'], zone):%H}".ljust(3 * per_hour) for n in range(0, 24, 3))
+    print("\n" + _paint(sys.stdout, _BOLD, title.ljust(margin) + "".join(hours).rstrip()))
+    for name, minutes in fires.items():
+        print(name.ljust(margin) + _strip(dict.fromkeys(minutes, 1), begin, 60 // per_hour, sum))
+    print("together".ljust(margin) + _paint(sys.stdout, _YELLOW, _strip(together, begin, 60 // per_hour, max)))
+    note = f"Each sign is {60 // per_hour}m: ▁ has a tick in one of its minutes, █ in eight or more."
+    if together:
+        minute = min(together, key=lambda minute: (-together[minute], minute))
+        names = ", ".join([name for name, minutes in fires.items() if minute in minutes][:9])
+        when = _tick_words([_aware(minute * _UNITS["m"], zone)], now)
+        note += f" Most together: {together[minute]} at {when}: {names}{', ...' if together[minute] > 9 else ''}"
+    _print_table([(note,)], {0: _DIM})
 
 
-def _busiest(together: Mapping[int, int], fires: Mapping[str, Sequence[int]], zone: tzinfo, now: int) -> str:
-    if not together:
-        return ""
-    minute = max(together, key=lambda minute: (together[minute], -minute))
-    when = _tick_words([_aware(minute * _UNITS["m"], zone)], now)
-    names = [name for name, minutes in fires.items() if minute in minutes]
-    more = f" and {len(names) - 9} more" if len(names) > 9 else ""
-    return f" Most together: {together[minute]} at {when}: {', '.join(names[:9])}{more}"
+def _minutes(schedule: _Schedule, begin: int, end: int) -> Iterable[int]:
+    """The minutes, counted from the epoch, in which there are ticks."""
+    if isinstance(schedule, _Every):
+        schedule = _Every(max(schedule.every, _UNITS["m"]))  # more are one to the eye
+    ticks = itertools.takewhile(lambda tick: tick < end, schedule.ticks(begin - 1))
+    return dict.fromkeys(tick // _UNITS["m"] for tick in ticks)
 
 
-def _stored_schedule(text: str) -> _Schedule | None:
-    """The schedule that an instance listed; `ScheduleError` where this machine can't read it."""
-    if not text:
-        return None
-    schedule = cast("dict[str, Any]", _loads(text))
-    return _Every(schedule["every"]) if "every" in schedule else _Cron(schedule["cron"], _zone(schedule["tz"]))
+def _strip(numbers: Mapping[int, int], begin: int, cell: int, join: Callable[[Iterable[int]], int]) -> str:
+    """24 hours in cells of so many minutes: how high their joined numbers are."""
+    cells = (join([numbers.get(n + minute, 0) for minute in range(cell)]) for n in range(begin, begin + 1440, cell))
+    return "".join(_SIGNS[min(number, 8)] for number in cells)
+
+
+async def _status_command(options: Any) -> None:
+    """Show what runs where since when, what is due next, what waits for a retry, and the last failures. Times are UTC,
+    by the store's clock."""
+    async with _client(Registry(), options.store) as engine:
+        seen = await engine._insist("status", lambda: engine._store.overview(100 * _ROWS))
+    timeouts = {job.job: job.timeout for job in seen.jobs}
+    due = sorted([*seen.due, *_coming(seen.jobs)], key=lambda row: abs(row.due - seen.now))
+    parts = {"running": seen.running, "due": due, "retrying": seen.retrying, "failed": seen.failed}
+    if options.json:
+        print(_dumps({k: [_facts(row, timeouts.get(row.job), seen.now) for row in rows] for k, rows in parts.items()}))
+        return
+    rows, colours = [(f"{len(seen.jobs)} jobs", f"{_aware(seen.now):%Y-%m-%d %H:%M:%S} UTC", "")], {0: _DIM}
+    for part, found in parts.items():
+        shown = found if part == "running" else found[:_ROWS]
+        number = f"{len(shown)} of {len(found)}" if len(shown) < len(found) else str(len(found) or "none")
+        colours[len(rows) + 1] = _COLOURS.get(part, _BOLD) if found else _DIM
+        rows += [("", "", ""), (part.upper(), number, "")]
+        rows += [_status_row(row, timeouts.get(row.job), seen.now) for row in shown]
+    _print_table([tuple(cell.replace(" ", _NBSP) for cell in row[:2]) + row[2:] for row in rows], colours)
 
 
 def _coming(jobs: Iterable[Standing]) -> Iterator[Row]:
     """The next tick of each job that the store has yet to hand out, as if it were there."""
     for job in jobs:
-        try:
-            schedule = _stored_schedule(job.schedule)
-        except ScheduleError as error:
-            _complain(f"job {job.job!r}: when it is due can't be told here: {error}")
-            continue
-        at = None if schedule is None else next(schedule.ticks(job.last), None)
-        if at is not None:
-            id = _tick_id(job.job, at)
-            yield Row(id, job.job, _SCHEDULED, at, at, "", 0, 0, None, None, None, None, None, None)
-
-
-def _due(seen: Overview) -> list[Row]:
-    """Stored runs and coming ticks, the oldest first; but ticks long past last: nobody may have their jobs any more."""
-    past = seen.now - _UNITS["m"]
-    ticks = [*_coming(seen.jobs)]
-    due = sorted([*seen.due, *(row for row in ticks if row.due >= past)], key=lambda row: row.due)
-    return due + sorted((row for row in ticks if row.due < past), key=lambda row: -row.due)
+        facts = cast("dict[str, Any]", _loads(job.schedule or "{}"))
+        with suppress(ScheduleError):  # a zone, or a form of cron, that only the job's own machine knows
+            schedule = _Cron(facts["cron"], _zone(facts["tz"])) if "cron" in facts else _Every(facts.get("every", 0))
+            at = next(schedule.ticks(job.last), None) if facts else None
+            if at is not None:
+                id = _tick_id(job.job, at)
+                yield Row(id, job.job, _SCHEDULED, at, at, "", 0, 0, None, None, None, None, None, None)
 
 
 def _facts(row: Row, timeout: int | None, now: int) -> dict[str, object]:
     """A run as `--json` shows it: instants as text, durations in seconds."""
-    over = row.finished is not None
-    running = row.state is _RUNNING
+    due = row.due if row.state is _SCHEDULED else None
+    instants = {"tick": row.at, "due": due, "since": row.since, "finished": row.finished}
     return {
-        "id": row.id,
-        "job": row.job,
-        "state": row.state,
-        "tick": _iso(row.at),
-        "due": None if over or running else _iso(row.due),
-        "attempt": row.attempt,
-        "owner": row.owner,
-        "since": None if row.since is None else _iso(row.since),
-        "age": (now - row.since) / 1000 if running and row.since is not None else None,
+        **{name: getattr(row, name) for name in ("id", "job", "state", "attempt", "owner", "error", "reason")},
+        **{name: None if ms is None else _iso(ms) for name, ms in instants.items()},
+        "age": (now - row.since) / 1000 if row.since is not None and row.state is _RUNNING else None,
         "timeout": None if timeout is None else timeout / 1000,
-        "finished": None if row.finished is None else _iso(row.finished),
-        "error": row.error,
-        "reason": row.reason,
     }
 
 
-def _print_status(screen: _Screen, seen: Overview) -> None:
-    timeouts = {job.job: job.timeout for job in seen.jobs}
-    rows: list[tuple[str, str, str]] = []
-    colours: dict[int, int] = {}
-    for title, colour, part, most in (
-        ("RUNNING", _BOLD, seen.running, sys.maxsize),
-        ("DUE", _BOLD, _due(seen), _ROWS),
-        ("RETRYING", _YELLOW, seen.retrying, _ROWS),
-        ("FAILED", _RED, seen.failed, _ROWS),
-    ):
-        colours[len(rows) + 1] = colour if part else _DIM
-        number = f"{most} of {len(part)}" if len(part) > most else str(len(part) or "none")
-        # As wide as most, so that little moves under `watch`.
-        rows += [("", "", ""), (title.ljust(9, _NBSP), number.ljust(20, _NBSP), "")]
-        rows += [_status_words(screen, row, timeouts.get(row.job), seen.now) for row in part[:most]]
-    print(screen.paint(_DIM, f"{len(seen.jobs)} jobs, {_aware(seen.now):%Y-%m-%d %H:%M:%S} UTC"))
-    screen.table(rows, colours)
-
-
-def _status_words(screen: _Screen, row: Row, timeout: int | None, now: int) -> tuple[str, str, str]:
+def _status_row(row: Row, timeout: int | None, now: int) -> tuple[str, str, str]:
     """When, how far, and which run."""
     name = row.id if row.id.startswith(row.job) else f"{row.job} {row.id}"
-    why = f"{name}: {_one_line(row.error or _Stop.CRASH)}"
+    why = f"{name}: {(row.error or _Stop.CRASH).partition(chr(10))[0]}"
     if row.finished is not None:
-        return f"{_brief(now - row.finished)} ago", f"at attempt {row.attempt}", why
+        return f"{_words(now - row.finished, True)} ago", f"at attempt {row.attempt}", why
     if row.state is _RUNNING:
-        age = now - (row.since or now)
-        of = (
-            f"{screen.progress(age / timeout)} {age * 100 // timeout}% of {_exact(timeout)}"
-            if timeout
-            else "no timeout"
-        )
-        place = f"attempt{_NBSP}{row.attempt} on {_owned_by(row)} since{_NBSP}{_second(now - age, now)}"
-        return _brief(age), of.replace(" ", _NBSP), f"{name}, {place}"
+        since = row.since or now
+        part = f"{(now - since) * 100 // timeout}% of {_words(timeout)}" if timeout else "no timeout"
+        place = f"attempt {row.attempt} on {(row.owner or '?').rpartition(':')[0]}"  # host and process
+        return _words(now - since, True), part, f"{name}, {place} since {_iso(since // 1000 * 1000)}"
     if row.attempt:
         return _relative(row.due - now), f"after attempt {row.attempt}", why
-    return _relative(row.due - now), _second(row.due, now), name
+    return _relative(row.due - now), _iso(row.due // 1000 * 1000), name
 
 
-def _second(ms: int, now: int) -> str:
-    return _tick_words([_aware(ms - ms % 1000)], now).removesuffix(f"{_NBSP}UTC")
+@asynccontextmanager
+async def _client(registry: Registry, url: str, new: bool = False) -> AsyncGenerator[_Shared, None]:
+    """An instance that runs nothing; whoever waits for an answer is told when there won't be any."""
+    _log.setLevel(logging.ERROR)  # advice about the lease is for those who run jobs
+    store = _store_of(url)
+    if isinstance(store, SQLiteStore) and not (new or os.access(store.path, os.F_OK)):
+        raise StoreError(f"{store!r}: no such file in {os.getcwd()}; the first run() or submit makes it")
+    try:
+        async with asyncio.timeout(_PATIENCE) as limit, registry.running(store=store, jobs=[]):
+            limit.reschedule(None)
+            yield cast(_Shared, registry._engine)
+    except TimeoutError:
+        why = f"no answer within {_PATIENCE:g} s; it may be down, or locked"
+        raise StoreError(f"store {_no_password(url)} unreachable: {why}") from None
 
 
-def _owned_by(row: Row) -> str:
-    """Host and process; the rest of an owner's name only tells its starts apart."""
-    return (row.owner or "?").rpartition(":")[0] or "?"
+async def _submit_command(options: Any) -> None:
+    """Submit one run of a job and print its id, or with --wait its result. Some process has to run the job, with the
+    same store."""
+    registry = _load(options.targets)
+    job = registry.jobs[_known(options.job, registry)]
+    try:
+        payload = _payload(job.name, job._spec.plan, *options.args)
+    except (TypeError, ValueError) as error:
+        raise BgjobError(str(error)) from None
+    async with _client(registry, options.store, new=True) as engine:
+        run = await engine.submit(job, payload, options.after, None, None)
+        try:
+            print(_dumps(await run.result()) if options.wait else run.id)
+        except (asyncio.CancelledError, StoreError):
+            _complain(f"run {run.id} goes on; to end it: bgjob cancel {run.id}")
+            raise
 
 
-def _one_line(text: str) -> str:
-    """The first line of a text from elsewhere, without what a terminal would obey."""
-    return "".join(sign if sign.isprintable() else " " for sign in text.partition("\n")[0])
+async def _cancel_command(options: Any) -> int:
+    """Cancel a run, waiting or running, and say what became of it."""
+    async with _client(registry := Registry(), options.store):
+        run = await registry.find(options.run)
+        if run is None:
+            raise BgjobError(f"run {options.run!r}: the store knows no such run; bgjob status shows ids")
+        if not await run.cancel() and run.state is not _CANCELLED:
+            raise BgjobError(f"run {run.id!r} has {run.state} already; there is nothing to cancel")
+        with suppress(RunFailed, RunCancelled, TimeoutError):
+            await run.result(_PATIENCE)
+    ended = run.reason if run.state is _CANCELLED else run.state
+    print(run.id, "is told to stop, and still runs" if run.state in (_SCHEDULED, _RUNNING) else ended)
+    return int(run.state in (_SUCCEEDED, _FAILED, _SKIPPED))
 
 
-# Targets
+def _run_command(options: Any) -> int:
+    """Run jobs until Ctrl-C or SIGTERM, then wait for those going; a second Ctrl-C cancels them."""
+    registry = _load(options.targets)
+    names = options.jobs and [_known(name, registry) for name in options.jobs.split(",")]
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LogFormat())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])  # nothing, where the target has set its log up
+    with asyncio.Runner() as runner:
+        status = runner.run(_run(registry, options.store, names, options.drain / 1000))
+        # asyncio waits for ever for a task that swallows every cancellation, and for the threads of its executor.
+        timer = threading.Timer(_LEAVE, _leave, [status])
+        timer.daemon = True
+        timer.start()
+    timer.cancel()
+    return status
 
 
-def _load(targets: Sequence[str]) -> dict[str, Job]:
-    """The jobs of the default registry and of each one that a target holds in a variable."""
+async def _run(registry: Registry, store: str | None, names: Sequence[str] | None, drain: float) -> int:
+    """Run until a signal; the exit status."""
+    signals: list[None] = []
+
+    def stop() -> None:
+        signals.append(None)
+        if registry._engine is not None:
+            registry._engine.stop()
+
+    with _signals(stop):
+        await registry.run(store=store, jobs=names, drain=drain)
+    return 130 if len(signals) > 1 else 0
+
+
+def _leave(status: int) -> None:
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def _load(targets: Sequence[str]) -> Registry:
+    """The default registry, or where that has no jobs the one that a target holds in a variable."""
     modules = [_import(target) for target in targets]
     held = [value for module in modules for value in vars(module).values() if issubclass(type(value), Registry)]
-    jobs: dict[str, Job] = {}
-    for registry in dict.fromkeys([default, *held]):
-        for name, job in registry.jobs.items():
-            if jobs.setdefault(name, job) is not job:
-                raise BgjobError(f"job {name!r}: two registries have one of that name; give one a name= of its own")
-    if not jobs:
-        copies = [name for name in sys.modules if name.rpartition(".")[2] == "bgjob" != name != __name__]
-        hint = f"; it uses {copies[0]}: write python -m {copies[0]}" if copies else "; decorate functions with @job"
-        raise BgjobError(f"{' '.join(targets)}: no jobs there{hint}")
-    return jobs
+    found: list[Registry] = [registry for registry in dict.fromkeys([default, *held]) if registry.jobs]
+    if len(found) > 1:
+        raise BgjobError(f"{' '.join(targets)}: {len(found)} registries have jobs there; write a module for each")
+    copies = [name for name in sys.modules if name.rpartition(".")[2] == "bgjob" != name != __name__]
+    hint = f"it uses {copies[0]}: write python -m {copies[0]}" if copies else "decorate functions with @job"
+    if not found:
+        raise BgjobError(f"{' '.join(targets)}: no jobs there; {hint}")
+    return found[0]
 
 
 def _import(target: str) -> ModuleType:
-    is_path = target.endswith(".py") or "/" in target or os.sep in target
-    name = _module_of(target) if is_path else target
-    if not is_path and not all(map(str.isidentifier, name.split("."))):
-        raise BgjobError(f"{target}: write a module (app.jobs) or a path (jobs.py)")
+    is_path = os.path.isfile(target)
+    name = _module_of(target) if is_path else target.lstrip(f".{os.sep}")
     try:
         module = importlib.import_module(name)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
-            raise BgjobError(
-                f"{target}: no such module in {os.getcwd()}; write one (app.jobs) or a path (jobs.py)"
-            ) from None
+            where = f"no such module or file in {os.getcwd()}"
+            raise BgjobError(f"{target}: {where}; write a module (app.jobs) or a path (jobs.py)") from None
         _print_traceback(error)
         hint = "; put what it runs under if __name__ == '__main__':" if isinstance(error, SystemExit) else ""
         raise BgjobError(f"{target}: its import failed: {_summary(error)}{hint}") from None
@@ -6259,23 +6204,12 @@ def _import(target: str) -> ModuleType:
 
 def _module_of(path: str) -> str:
     """The name under which a file is imported: from the folder above its packages, as Python would find it."""
-    folder, file = os.path.split(os.path.abspath(path))
-    if not os.path.isfile(path):
-        there = [name for name in os.listdir(folder) if name.endswith(".py")] if os.path.isdir(folder) else []
-        raise BgjobError(f"{path}: no such file; {_nearest(file, there)}")
-    parts = [file.removesuffix(".py")]
+    folder, name = os.path.split(os.path.abspath(path).removesuffix(".py"))
     while os.path.isfile(os.path.join(folder, "__init__.py")):
         folder, package = os.path.split(folder)
-        parts.insert(0, package)
+        name = f"{package}.{name}"
     sys.path.insert(0, folder)
-    return ".".join(parts).removesuffix(".__init__")
-
-
-def _nearest(name: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, known)
-    if close:
-        return f"did you mean {' or '.join(close)}?"
-    return f"there are: {', '.join(known)}" if known else "there are none"
+    return name
 
 
 def _print_traceback(error: BaseException) -> None:
@@ -6284,216 +6218,17 @@ def _print_traceback(error: BaseException) -> None:
 
     ours = (_load.__code__.co_filename, importlib.__file__)
     shown = traceback.TracebackException.from_exception(error)
-    part: traceback.TracebackException | None = shown
-    while part is not None:
-        lines = [line for line in part.stack if line.filename not in ours and "<frozen " not in line.filename]
-        part.stack = traceback.StackSummary.from_list(lines)
-        part = part.__cause__ or part.__context__
+    theirs = [line for line in shown.stack if line.filename not in ours and "<frozen " not in line.filename]
+    shown.stack = traceback.StackSummary.from_list(theirs)
     print("".join(shown.format()), end="", file=sys.stderr)
 
 
-def _chosen(names: Iterable[str], jobs: Mapping[str, Job]) -> list[str]:
-    for name in (names := [*names]):
-        if name not in jobs:
-            raise BgjobError(f"job {name!r}: no such job; {_nearest(name, jobs)}")
-    return names
-
-
-# Stores
-
-
-@asynccontextmanager
-async def _asked(
-    url: str, question: Callable[[Store], Awaitable[T]], new: bool = False
-) -> AsyncGenerator[tuple[Store, asyncio.Event, T], None]:
-    """A store, the event of its hints, and its answer to a first question; opening it counts as waiting for that."""
-    _log.setLevel(logging.ERROR)  # advice about the lease is for those who run jobs
-    store, hint = _store_of(url), asyncio.Event()
-    if not new:
-        _check_file(store)
-    owner = _owner_name(_Clock(asyncio.get_running_loop()).entropy())
-
-    async def begin() -> T:
-        await store.open(owner, hint.set)
-        return await question(store)
-
-    try:
-        yield store, hint, await _answer(url, begin())
-    finally:
-        with suppress(Exception):
-            async with asyncio.timeout(1):
-                await store.close()
-
-
-def _check_file(store: Store) -> None:
-    if isinstance(store, SQLiteStore) and not os.path.exists(store.path):
-        raise StoreError(f"{store!r}: no such file in {os.getcwd()}; the first run() or submit makes it")
-
-
-async def _answer(url: str, verb: Awaitable[T]) -> T:
-    try:
-        async with asyncio.timeout(_PATIENCE):
-            return await verb
-    except (Unreachable, TimeoutError) as error:
-        why = _one_line(str(error)) or f"no answer within {_PATIENCE:g} s; it may be down, or locked"
-        raise StoreError(f"store {_no_password(url)} unreachable: {why}") from None
-
-
-async def _end_of(store: Store, hint: asyncio.Event, url: str, id: str) -> Row:
-    """Wait until a run is over, wherever it is executed; a hint may be lost, so it is asked for now and then."""
-    while True:
-        hint.clear()
-        row = await _answer(url, store.find(id, watch=True))
-        if row is None:
-            raise BgjobError(f"run {id!r}: the store no longer knows it; it keeps ends for a limited time")
-        if row.finished is not None:
-            return row
-        with suppress(TimeoutError):
-            async with asyncio.timeout(1):
-                await hint.wait()
-
-
-# Commands
-
-
-def _list_command(options: Any) -> int:
-    """Show each job, its schedule, its next ticks in its own zone, and when it fires in the next 24 hours. Those of
-    intervals are as with a shared store; in memory they count from the start."""
-    jobs = _load(options.targets).values()
-    screen, now = _Screen(), _wall_ms()
-    _print_jobs(screen, jobs, options.n, now)
-    if any(job._spec.schedule for job in jobs):
-        _print_day(screen, jobs, now)
-    return 0
-
-
-async def _status_command(options: Any) -> int:
-    """Show what runs where since when, what is due next, what waits for a retry, and the last failures. Times are UTC,
-    by the store's clock."""
-    async with _asked(options.store, lambda store: store.overview(100 * _ROWS)) as (_, _, seen):
-        pass
-    if options.json:
-        timeouts = {job.job: job.timeout for job in seen.jobs}
-        parts = {"running": seen.running, "due": _due(seen), "retrying": seen.retrying, "failed": seen.failed}
-        print(_dumps({k: [_facts(row, timeouts.get(row.job), seen.now) for row in rows] for k, rows in parts.items()}))
-    else:
-        _print_status(_Screen(), seen)
-    return 0
-
-
-def _submit_command(options: Any) -> int:
-    """Submit one run of a job and print its id. Some process has to run the job, with the same store."""
-    jobs = _load([options.target])
-    job = jobs[_chosen([options.job], jobs)[0]]
-    given = cast("dict[str, object] | list[object]", options.args)
-    args, kwargs = ((), given) if isinstance(given, dict) else (tuple(given), {})
-    try:
-        payload = _payload(job.name, job._spec.plan, args, kwargs)
-    except (TypeError, ValueError) as error:
-        raise BgjobError(str(error)) from None
-    return asyncio.run(_submit(options, job.name, payload))
-
-
-async def _submit(options: Any, job: str, payload: str) -> int:
-    url: str = options.store
-    id = _Ids(_Clock(asyncio.get_running_loop()).entropy()).new(_wall_ms())
-    call = Call(id, job, None, options.after, payload)
-    async with _asked(url, lambda store: store.push([call], True), new=True) as (store, hint, _):
-        if not options.wait:
-            print(id)
-            return 0
-        try:
-            row = await _end_of(store, hint, url, id)
-        except (asyncio.CancelledError, StoreError):
-            _complain(f"run {id} goes on; to end it: bgjob cancel {id}")
-            raise
-    if row.state is not _SUCCEEDED:
-        raise BgjobError(f"run {id} {row.state}: {row.error if row.state is _FAILED else row.reason}")
-    if row.result is None:
-        _complain(f"run {id} succeeded; its result isn't JSON and stayed where it ran")
-    else:
-        print(row.result)
-    return 0
-
-
-async def _cancel_command(options: Any) -> int:
-    """Cancel a run, waiting or running, and say what became of it."""
-    url, id = options.store, options.run
-    async with _asked(url, lambda store: store.find(id, watch=True)) as (store, hint, row):
-        if row is None:
-            raise BgjobError(f"run {id!r}: the store knows no such run; bgjob status shows ids")
-        if row.finished is not None and row.state is not _CANCELLED:
-            raise BgjobError(f"run {id!r} has {row.state} already; there is nothing to cancel")
-        await _answer(url, store.cancel(row.job, id))
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_PATIENCE):
-                row = await _end_of(store, hint, url, id)
-    if row.finished is None:
-        print(f"{id} is told to stop, and still runs on {_owned_by(row)}")
-    else:
-        print(f"{id} {row.reason if row.state is _CANCELLED else row.state}")
-    return int(row.finished is not None and row.state is not _CANCELLED)
-
-
-def _run_command(options: Any) -> int:
-    """Run jobs until Ctrl-C or SIGTERM, then wait for those going; a second Ctrl-C cancels them."""
-    jobs = _load(options.targets)
-    names = None if options.jobs is None else _chosen(filter(None, options.jobs.split(",")), jobs)
-    root = logging.getLogger()
-    if not root.handlers:  # else the target has set its log up
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(_LogFormat(sys.stderr))
-        root.addHandler(handler)
-        root.setLevel(logging.INFO)
-    registries = dict.fromkeys(cast(Registry, job._registry) for job in jobs.values())
-    with asyncio.Runner() as runner:
-        status = runner.run(_run_all([*registries], options.store, names, options.drain / 1000))
-        timer = _leave_in_time(status)
-    timer.cancel()
-    return status
-
-
-async def _run_all(registries: Sequence[Registry], store: str | None, names: Sequence[str] | None, drain: float) -> int:
-    """Run each registry until a signal, and all until one fails; the exit status."""
-    signals = 0
-
-    def stop() -> None:
-        nonlocal signals
-        signals += 1
-        for registry in registries:
-            if registry._engine is not None:
-                registry._engine.stop()
-
-    def run(registry: Registry) -> Coroutine[object, object, None]:
-        jobs = None if names is None else [name for name in names if name in registry.jobs]
-        return registry.run(store=store, jobs=jobs, drain=drain)
-
-    tasks = [asyncio.create_task(run(registry)) for registry in registries]
-    with _signals(stop):
-        _, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        if others:
-            stop()
-            await asyncio.wait(others)
-    error = next((task.exception() for task in tasks if not task.cancelled() and task.exception()), None)
-    if error is not None and not isinstance(error, BgjobError):
-        _print_traceback(error)
-    if error is not None:
-        _complain(str(error) if isinstance(error, BgjobError) else f"failed to start: {_summary(error)}")
-    return 1 if error else 130 if signals > 1 else 0
-
-
-def _leave_in_time(status: int) -> threading.Timer:
-    """asyncio waits for ever for a task that swallows every cancellation, and for the threads of its executor."""
-
-    def leave() -> None:
-        logging.shutdown()
-        sys.stdout.flush()
-        os._exit(status)
-
-    timer = threading.Timer(_LEAVE, leave)
-    timer.daemon = True
-    timer.start()
-    return timer
+def _known(name: str, registry: Registry) -> str:
+    if name in registry.jobs:
+        return name
+    close = " or ".join(difflib.get_close_matches(name, registry.jobs))
+    hint = f"did you mean {close}?" if close else f"there are: {', '.join(registry.jobs)}"
+    raise BgjobError(f"job {name!r}: no such job; {hint}")
 
 
 def _milliseconds(text: str) -> int:
@@ -6505,29 +6240,27 @@ def _milliseconds(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is no duration; write 90, 30s or 1h30m") from None
 
 
-def _json(text: str) -> object:
+def _given(text: str) -> tuple[tuple[object, ...], Mapping[str, object]]:
+    """Arguments in order, or by name."""
     import argparse
 
-    why = "no object or array"
-    try:
+    with suppress(ValueError, RecursionError):
         value = _loads(text)
         if isinstance(value, (dict, list)):
-            return cast(object, value)
-    except (ValueError, RecursionError) as error:
-        why = f"bad JSON, {error}"
-    raise argparse.ArgumentTypeError(f"""{why}; write '{{"to": "a@b.c"}}' or '["a@b.c"]'""")
+            given = cast("dict[str, object] | list[object]", value)
+            return ((), given) if isinstance(given, dict) else (tuple(given), {})
+    raise argparse.ArgumentTypeError("""no JSON object or array; write '{"to": "a@b.c"}' or '["a@b.c"]'""")
 
 
-_OPTIONS: dict[str, tuple[str | None, Callable[[str], object], object, str]] = {
+_ARGUMENTS: Mapping[str, tuple[str | None, Callable[[str], object], object, str]] = {
     "targets": ("TARGET", str, None, "a module (app.jobs) or a path (jobs.py)"),
-    "target": ("TARGET", str, None, "a module (app.jobs) or a path (jobs.py)"),
     "job": ("JOB", str, None, "the name of a job"),
     "run": ("RUN", str, None, "the id of a run, as submit and status print it"),
     "--store": ("URL", str, None, "sqlite:///jobs.db, redis://..., postgresql://..."),
     "--jobs": ("a,b", str, None, "names of the jobs to run (all)"),
     "--drain": ("20s", _milliseconds, "20s", "at the end, how long to wait for runs that are going (20s)"),
     "-n": ("5", int, 5, "how many ticks of each job (5)"),
-    "--args": ("JSON", _json, {}, """'{"to": "a@b.c"}' by name, or '["a@b.c"]' in order"""),
+    "--args": ("JSON", _given, "[]", """'{"to": "a@b.c"}' by name, or '["a@b.c"]' in order"""),
     "--after": ("5m", _milliseconds, 0, "run it that long from now (at once)"),
     "--wait": (None, bool, False, "wait for its end; print its result as JSON, and exit by it"),
     "--json": (None, bool, False, "one object: running, due, retrying, failed"),
@@ -6542,52 +6275,40 @@ def _parser() -> argparse.ArgumentParser:
             _complain(f"{message}; see {self.prog} --help")
             sys.exit(2)
 
-        def format_help(self) -> str:
-            return super().format_help() if " " in self.prog else _PAGE
-
-    parser = Parser("bgjob")
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Parser("bgjob", description="Background jobs for asyncio services.", epilog=_NOTES, formatter_class=layout)
     parser.add_argument("--version", action="version", version=f"bgjob {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, function, takes in (
         ("run", _run_command, "targets --store --jobs --drain"),
         ("list", _list_command, "targets -n"),
-        ("submit", _submit_command, "target job --args --after --wait --store"),
+        ("submit", _submit_command, "targets job --args --after --wait --store"),
         ("status", _status_command, "--store --json"),
         ("cancel", _cancel_command, "run --store"),
     ):
-        command = commands.add_parser(name, description=function.__doc__)
+        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         command.set_defaults(function=function)
-        for option in takes.split():
-            metavar, kind, default, text = _OPTIONS[option]
-            settings: dict[str, Any] = {"help": text, "default": default}
-            if metavar is None:
-                settings["action"] = "store_true"
-            else:
-                settings |= {"metavar": metavar, "type": kind, "nargs": "+" if option == "targets" else None}
-            if option == "--store":
+        for argument in takes.split():
+            metavar, kind, default, text = _ARGUMENTS[argument]
+            settings: dict[str, Any] = {"metavar": metavar, "type": kind} if metavar else {"action": "store_true"}
+            if argument == "targets":
+                settings["nargs"] = 1 if name == "submit" else "+"
+            if argument == "--store":
                 settings["required"] = name != "run"
-            command.add_argument(option, **settings)
+            command.add_argument(argument, default=default, help=text, **settings)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line, see `bgjob --help`.
-
-    Args:
-        arguments: default: those of the process.
-
-    Returns:
-        The exit status; wrong usage and `--help` raise `SystemExit`.
-    """
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    """The command line, see `bgjob --help`: returns the exit status; wrong usage and `--help` raise `SystemExit`."""
+    sys.path.insert(0, os.getcwd())
     if reconfigure := getattr(sys.stdout, "reconfigure", None):
-        reconfigure(errors="backslashreplace")  # a job's name may have signs that a Windows pipe hasn't
+        reconfigure(encoding="utf-8", errors="backslashreplace")  # pipes of Windows have no block characters
     try:
         try:
             options = _parser().parse_args(arguments)
             done = options.function(options)
-            return asyncio.run(done) if inspect.iscoroutine(done) else int(done)
+            return (asyncio.run(done) if inspect.iscoroutine(done) else done) or 0
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough; what is left may not fail again when Python ends

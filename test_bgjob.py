@@ -13,7 +13,6 @@ import importlib.util
 import itertools
 import json
 import logging
-import operator
 import os
 import random
 import re
@@ -64,23 +63,22 @@ from bgjob import (
     SQLiteStore,
     State,
     StoreError,
-    _brief,
-    _cells,
     _count,
     _Cron,
-    _cron_words,
     _duration,
     _Every,
-    _exact,
     _minutes,
     _newest,
     _no_password,
+    _print_table,
     _relative,
     _retry_delay,
+    _schedule_words,
     _spread,
-    _table,
+    _strip,
     _tick_words,
     _verdict,
+    _words,
     _zone,
     current_run,
 )
@@ -6056,27 +6054,21 @@ class TestCommandLine:
             (0, "0s", "0s"),
             (250, "0s", "250ms"),
             (1000, "1s", "1s"),
-            (90_000, "90s", "1m30s"),
+            (90_500, "1m30s", "1m30s500ms"),
             (3 * MINUTE, "3m", "3m"),
-            (90 * MINUTE, "90m", "1h30m"),
-            (26 * HOUR + 1, "26h", "1d2h1ms"),
+            (26 * HOUR + 3 * MINUTE + 1, "1d2h", "1d2h3m1ms"),
             (9 * DAY, "9d", "9d"),
         ],
     )
     def test_durations(self, ms: int, brief: str, exact: str) -> None:
-        """A duration at a glance is one number; an exact one can be pasted into a decorator."""
-        assert (_brief(ms), _exact(ms)) == (brief, exact)
+        """A duration at a glance has at most two units; an exact one can be pasted into a decorator."""
+        assert (_words(ms, True), _words(ms)) == (brief, exact)
         assert _duration("every", exact) == ms
 
     def test_relative(self) -> None:
         """What is due reads "in 3m", "now" or "3m late"."""
-        assert [_relative(ms) for ms in (3 * MINUTE, 600, 400, -4000, -3 * MINUTE)] == [
-            "in 3m",
-            "in 1s",
-            "now",
-            "now",
-            "3m late",
-        ]
+        ms = (3 * MINUTE, 90 * MINUTE, 1000, 400, -900, -3 * MINUTE)
+        assert [*map(_relative, ms)] == ["in 3m", "in 1h30m", "in 1s", "now", "now", "3m late"]
 
     @pytest.mark.parametrize(
         ("cron", "words"),
@@ -6085,25 +6077,22 @@ class TestCommandLine:
             ("*/15 * * * *", "every 15 minutes"),
             ("*/7 * * * *", "*/7 * * * *"),
             ("5 * * * *", "hourly at :05"),
-            ("0 */6 * * *", "every 6 hours at :00"),
             ("30 2 * * *", "daily at 02:30"),
-            ("0 30 2 * * *", "daily at 02:30"),
             ("10 30 2 * * *", "10 30 2 * * *"),
             ("0 6 * * mon-fri", "Mon-Fri at 06:00"),
-            ("0 6 * * 1-5", "Mon-Fri at 06:00"),
             ("0 6 * * 0,SAT", "0 6 * * 0,SAT"),
-            ("0 6 * * 7,6", "Sun,Sat at 06:00"),
             ("0 6 * * fri#2", "0 6 * * fri#2"),
-            ("0 0 1 * *", "day 1 of the month at 00:00"),
             ("0 0 1,15 * *", "0 0 1,15 * *"),
-            ("@daily", "daily at 00:00"),
-            ("@weekly", "Sun at 00:00"),
+            ("0 6 * * sat,sun", "Sat,Sun at 06:00"),
+            ("@daily", "@daily"),
             ("@yearly", "@yearly"),
         ],
     )
     def test_cron_words(self, cron: str, words: str) -> None:
         """Common schedules are told in words, others as they were written."""
-        assert _cron_words(cron) == words
+        registry = Registry()
+        registry.job(cron=cron, tz="Europe/Rome", name="f")(lambda: None)
+        assert _schedule_words(registry.jobs["f"]._spec) == f"{words} Europe/Rome"
 
     def test_ticks(self) -> None:
         """A tick's day and zone are told where they change, seconds where there are some."""
@@ -6118,28 +6107,36 @@ class TestCommandLine:
         assert _tick_words(late, now).replace("\xa0", " ") == "2026-01-01 00:00:30.250 UTC, 00:01:30"
         assert _tick_words([], now) == ""
 
-    def test_table(self) -> None:
-        """The widest column gives way first; no word is cut, and a hard space doesn't break."""
-        rows = [("JOB", "AT"), ("sync", "a\xa0b c\xa0d e\xa0f")]
-        assert _table(rows, 80) == [["JOB   AT"], ["sync  a b c d e f"]]
-        assert _table(rows, 14) == [["JOB   AT"], ["sync  a b c d", "      e f"]]
-        assert _table(rows, 5) == [["JOB   AT"], ["sync  a b", "      c d", "      e f"]]
-        assert _table([("", ""), ("a", "")], 80) == [[], ["a"]]
+    @pytest.mark.parametrize(
+        ("rows", "width", "lines"),
+        [
+            ([("JOB", "AT"), ("sync", "a\xa0b c\xa0d e\xa0f")], 80, ["JOB   AT", "sync  a b c d e f"]),
+            ([("JOB", "AT"), ("sync", "a\xa0b c\xa0d e\xa0f")], 14, ["JOB   AT", "sync  a b c d", "      e f"]),
+            ([("JOB", "AT"), ("sync", "a\xa0b c\xa0d e\xa0f")], 5, ["JOB   AT", "sync  a b", "      c d", "      e f"]),
+            ([("", ""), ("a", "")], 80, ["", "a"]),
+            ([("\x1b[2J", "b")], 80, [" [2J  b"]),
+        ],
+    )  # fmt: skip
+    def test_table(self, rows: list[tuple[str, str]], width: int, lines: list[str],
+                   monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+        """The widest column gives way first; no word is cut, a hard space doesn't break, and no terminal is commanded."""
+        monkeypatch.setenv("COLUMNS", str(width))
+        _print_table(rows, {})
+        assert capsys.readouterr().out.splitlines() == lines
 
     def test_minutes(self) -> None:
         """The minutes with a tick, however many ticks are in one, from any schedule."""
         begin, end = 100 * MINUTE + 30_000, 104 * MINUTE
-        assert _minutes(_Every(2 * MINUTE), begin, end) == [102]
-        assert _minutes(_Every(10), begin, end) == [100, 101, 102, 103]
-        assert _minutes(_Cron("*/20 * * * * *", UTC), begin, end) == [100, 101, 102, 103]
-        assert _minutes(_Cron("*/3 * * * *", UTC), begin, end) == [102]
+        assert [*_minutes(_Every(2 * MINUTE), begin, end)] == [102]
+        assert [*_minutes(_Every(10), begin, end)] == [101, 102, 103]
+        assert [*_minutes(_Cron("*/20 * * * * *", UTC), begin, end)] == [100, 101, 102, 103]
+        assert [*_minutes(_Cron("*/3 * * * *", UTC), begin, end)] == [102]
 
-    def test_cells(self) -> None:
+    def test_strip(self) -> None:
         """A strip adds up the minutes of a cell; the one of all jobs takes the fullest."""
-        begin = 60 * MINUTE
-        minutes = {60: 1, 89: 3, 90: 1, 60 + 24 * 60 - 1: 2}
-        assert _cells(minutes, begin, HOUR // 2, operator.add) == [4, 1, *[0] * 45, 2]
-        assert _cells(minutes, begin, HOUR // 2, max) == [3, 1, *[0] * 45, 2]
+        minutes = {60: 1, 89: 3, 90: 1, 60 + 24 * 60 - 1: 20}
+        assert _strip(minutes, 60, 30, sum) == "▄▁" + "·" * 45 + "█"
+        assert _strip(minutes, 60, 30, max) == "▃▁" + "·" * 45 + "█"
 
     def test_list(self, folder: Folder) -> None:
         """In a pipe: 80 columns, no colours, no cut lines, and every job with its strip."""
@@ -6147,7 +6144,7 @@ class TestCommandLine:
         assert max(map(len, out.splitlines())) <= 80
         assert "\x1b" not in out
         assert "…" not in out
-        assert re.search(r"^sync_products +every 5m +(in \d+[ms]|now) +\d\d:\d\d UTC, \d\d:\d\d", out, re.MULTILINE)
+        assert re.search(r"^sync_products +every 5m +(in [\dms]+|now) +\d\d:\d\d UTC, \d\d:\d\d", out, re.MULTILINE)
         assert re.search(r"^morning_report +Mon-Fri at 06:00", out, re.MULTILINE)
         assert re.search(r"^warm_up +once, 10s after the start$", out, re.MULTILINE)
         assert re.search(r"^send_mail +on submit$", out, re.MULTILINE)
@@ -6156,10 +6153,13 @@ class TestCommandLine:
         assert re.search(r"^together        [·▁▂]{48}$", out, re.MULTILINE)
 
     def test_list_is_as_wide_as_the_terminal(self, folder: Folder) -> None:
-        """COLUMNS, as terminals and `watch` set it, decides; a sign that can't be encoded has an ASCII one."""
-        status, out, _ = folder.bgjob("list", "jobs.py", "-n", "1", COLUMNS="200", PYTHONIOENCODING="ascii")
-        assert status == 0
-        assert re.search(r"^morning_report  [.1]{144}$", out, re.MULTILINE)
+        """COLUMNS, as terminals and `watch` set it, decides; a pipe that knows ASCII alone, as on Windows, gets UTF-8."""
+        env = environment(COLUMNS="200", PYTHONIOENCODING="ascii")
+        command = [*COMMAND, "list", "jobs.py", "-n", "1"]
+        out = subprocess.run(
+            command, cwd=folder.path, env=env, capture_output=True, timeout=30, check=True
+        ).stdout.decode()
+        assert re.search(r"^morning_report  [·▁]{144}$", out, re.MULTILINE)
         assert re.search(r"^sync_products +every 5m +\S+( \S+)? +\d\d:\d\d UTC$", out, re.MULTILINE)
 
     @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
@@ -6193,28 +6193,26 @@ class TestCommandLine:
         assert done.stderr == "bgjob: app.jobs: no jobs there; it uses app.bgjob: write python -m app.bgjob\n"
 
     def test_registries(self, folder: Folder) -> None:
-        """A target's jobs are those of the default registry and of each one that it holds; a path may be in a package."""
+        """A target's jobs are those of the one registry that has some; a path may be in a package."""
         folder.write("app/__init__.py", "")
         folder.write("app/other.py", "from bgjob import Registry\nmail = Registry()\n@mail.job\ndef b(): ...")
-        folder.write("app/jobs.py", "from bgjob import Registry, job\nfrom .other import mail\nmine = Registry()\n"
-                                    "@mine.job\ndef a(): ...\n@job\ndef c(): ...")  # fmt: skip
+        folder.write("app/jobs.py", "from .other import mail\n@mail.job\ndef a(): ...")
         for target in ("app/jobs.py", "app.jobs"):
-            assert folder.data("list", target).split()[4::3] == ["c", "b", "a"]
+            assert folder.data("list", target).split()[4::3] == ["b", "a"]
         folder.write(
-            "clash.py", "from bgjob import Registry\na, b = Registry(), Registry()\ndef f(): ...\na.job(f), b.job(f)"
+            "two.py", "from bgjob import Registry\na, b = Registry(), Registry()\ndef f(): ...\na.job(f), b.job(f)"
         )
-        status, out, err = folder.bgjob("list", "clash.py")
-        assert (status, out) == (1, "")
-        assert err == "bgjob: job 'f': two registries have one of that name; give one a name= of its own\n"
+        message = "bgjob: two.py: 2 registries have jobs there; write a module for each\n"
+        assert folder.bgjob("list", "two.py") == (1, "", message)
 
     @pytest.mark.parametrize(
         ("arguments", "status", "message"),
         [
             ("", 2, "the following arguments are required: COMMAND; see bgjob --help"),
             ("list", 2, "the following arguments are required: TARGET; see bgjob list --help"),
-            ("list jbos.py", 1, "jbos.py: no such file; did you mean jobs.py?"),
-            ("list app.jobs", 1, "app.jobs: no such module in {here}; write one (app.jobs) or a path (jobs.py)"),
-            ("list jobs:registry", 1, "jobs:registry: write a module (app.jobs) or a path (jobs.py)"),
+            ("list jbos.py", 1, "jbos.py: {missing}"),
+            ("list app.jobs", 1, "app.jobs: {missing}"),
+            ("list jobs:registry", 1, "jobs:registry: {missing}"),
             ("list empty.py", 1, "empty.py: no jobs there; decorate functions with @job"),
             ("list heapq.py", 1, "heapq.py: its name is taken by {heapq}; rename it"),
             ("run work.py --jobs purge,fial", 1, "job 'fial': no such job; did you mean fail?"),
@@ -6228,10 +6226,9 @@ class TestCommandLine:
             ("submit work.py send_mail --store sqlite:///x.db", 1, "job 'send_mail': missing a required argument: 'to'"),
             ("submit work.py send_mail --store sqlite:///x.db --args [1,2,3]", 1, "job 'send_mail': too many positional arguments"),
             ("submit work.py send_mail --store sqlite:///x.db --args {", 2,
-             "argument --args: bad JSON, Expecting property name enclosed in double quotes: line 1 column 2 (char 1); "
-             """write '{{"to": "a@b.c"}}' or '["a@b.c"]'; see bgjob submit --help"""),
+             """argument --args: no JSON object or array; write '{{"to": "a@b.c"}}' or '["a@b.c"]'; see bgjob submit --help"""),
             ("submit work.py send_mail --store sqlite:///x.db --args 5", 2,
-             """argument --args: no object or array; write '{{"to": "a@b.c"}}' or '["a@b.c"]'; see bgjob submit --help"""),
+             """argument --args: no JSON object or array; write '{{"to": "a@b.c"}}' or '["a@b.c"]'; see bgjob submit --help"""),
             ("submit work.py send_mail", 2, "the following arguments are required: --store; see bgjob submit --help"),
             ("status --store sqlite:///typo.db", 1,
              "SQLiteStore('typo.db'): no such file in {here}; the first run() or submit makes it"),
@@ -6245,7 +6242,8 @@ class TestCommandLine:
         """A user's mistake is one line on stderr that says what to write instead; a password isn't in it."""
         folder.write("empty.py", "")
         folder.write("heapq.py", "")
-        wanted = message.format(here=folder.path, heapq=heapq.__file__)
+        missing = f"no such module or file in {folder.path}; write a module (app.jobs) or a path (jobs.py)"
+        wanted = message.format(here=folder.path, heapq=heapq.__file__, missing=missing)
         assert folder.bgjob(*arguments.split()) == (status, "", f"bgjob: {wanted}\n")
         assert not (folder.path / "x.db").exists()
 
@@ -6274,7 +6272,7 @@ class TestCommandLine:
         page = folder.data("--help")
         assert [line for line in page.splitlines() if len(line) > 80] == []
         for name in ("run", "list", "submit", "status", "cancel"):
-            assert f"  bgjob {name} " in page
+            assert re.search(rf"^    {name} +[A-Z]", page, re.MULTILINE)
             assert folder.data(name, "--help").startswith(f"usage: bgjob {name} ")
         assert folder.data("--version") == f"bgjob {bgjob.__version__}\n"
 
@@ -6302,7 +6300,7 @@ class TestCommandLine:
             assert json.loads(folder.data(*mail)) == {"to": "a@b.c", "n": 3}
             status, out, err = folder.bgjob("submit", "work.py", "fail", "--wait", *STORE)
             assert (status, out) == (1, "")
-            assert re.fullmatch(r"bgjob: run [0-9a-f-]{36} failed: ValueError: no such user\n", err)
+            assert re.fullmatch(r"bgjob: run '[0-9a-f-]{36}' failed: ValueError: no such user\n", err)
 
             (running,) = folder.until("running", 1)
             assert (running["id"], running["attempt"], running["timeout"]) == (sleeping, 1, 300.0)
@@ -6335,9 +6333,11 @@ class TestCommandLine:
         assert max(map(len, page.splitlines())) <= 80
         assert "second line" not in page
         text = " ".join(page.split())
-        assert re.search(rf"RUNNING 1 \ds ░{{8}} [01]% of 5m sleep \S+, attempt 1 on \S+:{pid} since \d\d:\d\d", text)
-        assert re.search(r"DUE 2 in \d+[hms] \S+ ", text)
-        assert re.search(r"RETRYING 1 in 60m after attempt 1 again \S+ OSError: 503", text)
+        assert re.search(
+            rf"RUNNING 1 \ds [01]% of 5m sleep \S+, attempt 1 on \S+:{pid} since \S+T\d\d:\d\d:\d\dZ ", text
+        )
+        assert re.search(r"DUE 2 in [\dhms]+ \S+Z ", text)
+        assert re.search(r"RETRYING 1 in (1h|59m\d+s) after attempt 1 again \S+ OSError: 503", text)
         assert re.search(r"FAILED 1 \d+s ago at attempt 1 fail \S+ ValueError: no such user$", text)
 
     @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
@@ -6364,27 +6364,13 @@ class TestCommandLine:
             assert "would not stop" in log
             assert process.returncode == 0
 
-    @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
-    def test_several_registries_run(self, folder: Folder) -> None:
-        """All registries of the target run, and one signal stops them all."""
-        folder.write("two.py", "from bgjob import Registry\na, b = Registry(), Registry()\n"
-                               "@a.job(every='1h')\ndef f(): ...\n@b.job(every='1h')\ndef g(): ...")  # fmt: skip
-        with folder.running("two.py") as process:
-            assert process.stderr is not None
-            assert "runs 1 jobs" in process.stderr.readline()
-            process.send_signal(signal.SIGINT)
-            process.communicate(timeout=10)
-            assert process.returncode == 0
-
     def test_failed_start(self, folder: Folder) -> None:
-        """A dependency that can't be made is a failed start: its traceback, one line, 1; other registries stop too."""
-        folder.write("app.py", "from bgjob import Depends, Registry, job\ndef db(): raise OSError('no database')\n"
-                               "@job\nasync def f(d=Depends(db, scope='app')): ...\n"
-                               "other = Registry()\n@other.job\ndef g(): ...")  # fmt: skip
+        """A dependency that can't be made is a failed start: its traceback, and 1."""
+        folder.write("app.py", "from bgjob import Depends, job\ndef db(): raise OSError('no database')\n"
+                               "@job\nasync def f(d=Depends(db, scope='app')): ...")  # fmt: skip
         status, out, err = folder.bgjob("run", "app.py")
         assert (status, out) == (1, "")
-        assert err.splitlines()[-1] == "bgjob: failed to start: OSError: no database"
-        assert re.findall(r'File "(.*?)"', err) == [str(folder.path / "app.py")]
+        assert err.splitlines()[-1] == "OSError: no database"
 
     @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
     def test_interrupted_wait(self, folder: Folder) -> None:
@@ -6419,7 +6405,9 @@ class TestCommandLine:
             async def open(self, owner: str, hint: object) -> None:
                 await asyncio.sleep(600)
 
-            close = open
+            async def close(self) -> None: ...
+
+            lease = poll = 1000
 
         monkeypatch.setattr(bgjob, "_store_of", lambda url: Silent())
         monkeypatch.setattr(bgjob, "_PATIENCE", 0.1)
