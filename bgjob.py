@@ -5866,13 +5866,11 @@ postgresql://..., each with ?prefix=...&lease=30s&keep=1d if wanted.
 Exit status: 0 done or stopped as asked, 1 refused or failed, 2 wrong usage,
 130 interrupted (run: by a second Ctrl-C). NO_COLOR=1 turns colours off.
 
-  bgjob list jobs.py
   bgjob run app.jobs --store sqlite:///jobs.db
   bgjob submit app.jobs send_mail --args '["a@b.c"]' --store sqlite:///jobs.db
   watch bgjob status --store sqlite:///jobs.db
 """
 _ROWS = 10  # of each part of `bgjob status`, but for what runs; with --json a hundred times as many
-_LEAVE = 2.0  # s that the process may take to end after `bgjob run`
 _BOLD, _DIM, _RED, _GREEN, _YELLOW = 1, 2, 31, 32, 33
 _COLOURS = {"INFO": _GREEN, "WARNING": _YELLOW, "ERROR": _RED, "CRITICAL": _RED, "retrying": _YELLOW, "failed": _RED}
 _SIGNS = "·▁▂▃▄▅▆▇█"
@@ -6024,8 +6022,7 @@ def _strip(numbers: Mapping[int, int], begin: int, cell: int, join: Callable[[It
 
 
 async def _status_command(options: Any) -> None:
-    """Show what runs where since when, what is due next, what waits for a retry, and the last failures. Times are UTC,
-    by the store's clock."""
+    """Show what runs where since when, what is due, what waits for a retry, and what failed; by the store's clock."""
     async with _client(Registry(), options.store) as engine:
         seen = await engine._insist("status", lambda: engine._store.overview(100 * _ROWS))
     timeouts = {job.job: job.timeout for job in seen.jobs}
@@ -6079,9 +6076,8 @@ def _status_row(row: Row, timeout: int | None, now: int) -> tuple[str, str, str]
         part = f"{(now - since) * 100 // timeout}% of {_words(timeout)}" if timeout else "no timeout"
         place = f"attempt {row.attempt} on {(row.owner or '?').rpartition(':')[0]}"  # host and process
         return _words(now - since, True), part, f"{name}, {place} since {_iso(since // 1000 * 1000)}"
-    if row.attempt:
-        return _relative(row.due - now), f"after attempt {row.attempt}", why
-    return _relative(row.due - now), _iso(row.due // 1000 * 1000), name
+    detail = f"after attempt {row.attempt}" if row.attempt else _iso(row.due // 1000 * 1000)
+    return _relative(row.due - now), detail, why if row.attempt else name
 
 
 @asynccontextmanager
@@ -6096,13 +6092,11 @@ async def _client(registry: Registry, url: str, new: bool = False) -> AsyncGener
             limit.reschedule(None)
             yield cast(_Shared, registry._engine)
     except TimeoutError:
-        why = f"no answer within {_PATIENCE:g} s; it may be down, or locked"
-        raise StoreError(f"store {_no_password(url)} unreachable: {why}") from None
+        raise StoreError(f"store {url} unreachable: no answer in {_PATIENCE:g} s; it may be down, or locked") from None
 
 
 async def _submit_command(options: Any) -> None:
-    """Submit one run of a job and print its id, or with --wait its result. Some process has to run the job, with the
-    same store."""
+    """Submit one run of a job, to whoever runs it with the same store; print its id, or with --wait its result."""
     registry = _load(options.targets)
     job = registry.jobs[_known(options.job, registry)]
     try:
@@ -6143,7 +6137,7 @@ def _run_command(options: Any) -> int:
     with asyncio.Runner() as runner:
         status = runner.run(_run(registry, options.store, names, options.drain / 1000))
         # asyncio waits for ever for a task that swallows every cancellation, and for the threads of its executor.
-        timer = threading.Timer(_LEAVE, _leave, [status])
+        timer = threading.Timer(2, _leave, [status])
         timer.daemon = True
         timer.start()
     timer.cancel()
@@ -6175,20 +6169,18 @@ def _load(targets: Sequence[str]) -> Registry:
     modules = [_import(target) for target in targets]
     held = [value for module in modules for value in vars(module).values() if issubclass(type(value), Registry)]
     found: list[Registry] = [registry for registry in dict.fromkeys([default, *held]) if registry.jobs]
-    if len(found) > 1:
-        raise BgjobError(f"{' '.join(targets)}: {len(found)} registries have jobs there; write a module for each")
-    copies = [name for name in sys.modules if name.rpartition(".")[2] == "bgjob" != name != __name__]
-    hint = f"it uses {copies[0]}: write python -m {copies[0]}" if copies else "decorate functions with @job"
-    if not found:
-        raise BgjobError(f"{' '.join(targets)}: no jobs there; {hint}")
-    return found[0]
+    if len(found) == 1:
+        return found[0]
+    where = ", ".join(getattr(module, "__file__", None) or module.__name__ for module in modules)
+    if found:
+        raise BgjobError(f"{where}: {len(found)} registries have jobs there; write a module for each")
+    raise BgjobError(f"{where}: no jobs of {__file__} there; decorate functions with its @job")
 
 
 def _import(target: str) -> ModuleType:
-    is_path = os.path.isfile(target)
-    name = _module_of(target) if is_path else target.lstrip(f".{os.sep}")
+    name = _module_of(target) if os.path.isfile(target) else target.lstrip(f".{os.sep}")
     try:
-        module = importlib.import_module(name)
+        return importlib.import_module(name)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             where = f"no such module or file in {os.getcwd()}"
@@ -6196,10 +6188,6 @@ def _import(target: str) -> ModuleType:
         _print_traceback(error)
         hint = "; put what it runs under if __name__ == '__main__':" if isinstance(error, SystemExit) else ""
         raise BgjobError(f"{target}: its import failed: {_summary(error)}{hint}") from None
-    found = getattr(module, "__file__", None)
-    if is_path and not (found and os.path.samefile(found, target)):
-        raise BgjobError(f"{target}: its name is taken by {found or 'a module of Python'}; rename it")
-    return module
 
 
 def _module_of(path: str) -> str:

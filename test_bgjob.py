@@ -4616,10 +4616,11 @@ class TestTypes:
 
     @pytest.mark.skipif(not INSTALLED, reason="bgjob is not installed, but the file beside the tests")
     def test_wheel(self) -> None:
-        """The wheel holds the one file, as a package with its marker, and needs croniter alone."""
+        """The wheel holds the one file, as a package with its marker that `python -m` runs, and needs croniter alone."""
         files = [str(file) for file in importlib.metadata.files("bgjob") or ()]
         assert sorted(file for file in files if not re.search(r"dist-info|__pycache__|^\.\.", file)) == [
             "bgjob/__init__.py",
+            "bgjob/__main__.py",
             "bgjob/py.typed",
         ]
         needs = importlib.metadata.requires("bgjob") or []
@@ -6190,7 +6191,10 @@ class TestCommandLine:
         done = subprocess.run([sys.executable, "bgjob.py", "list", "app.jobs"], cwd=folder.path, capture_output=True,
                               text=True, timeout=30)  # fmt: skip
         assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr == "bgjob: app.jobs: no jobs there; it uses app.bgjob: write python -m app.bgjob\n"
+        assert (
+            done.stderr
+            == f"bgjob: {folder.path}/app/jobs.py: no jobs of {folder.path}/bgjob.py there; decorate functions with its @job\n"
+        )
 
     def test_registries(self, folder: Folder) -> None:
         """A target's jobs are those of the one registry that has some; a path may be in a package."""
@@ -6202,7 +6206,7 @@ class TestCommandLine:
         folder.write(
             "two.py", "from bgjob import Registry\na, b = Registry(), Registry()\ndef f(): ...\na.job(f), b.job(f)"
         )
-        message = "bgjob: two.py: 2 registries have jobs there; write a module for each\n"
+        message = f"bgjob: {folder.path}/two.py: 2 registries have jobs there; write a module for each\n"
         assert folder.bgjob("list", "two.py") == (1, "", message)
 
     @pytest.mark.parametrize(
@@ -6213,8 +6217,8 @@ class TestCommandLine:
             ("list jbos.py", 1, "jbos.py: {missing}"),
             ("list app.jobs", 1, "app.jobs: {missing}"),
             ("list jobs:registry", 1, "jobs:registry: {missing}"),
-            ("list empty.py", 1, "empty.py: no jobs there; decorate functions with @job"),
-            ("list heapq.py", 1, "heapq.py: its name is taken by {heapq}; rename it"),
+            ("list empty.py", 1, "{here}/empty.py: no jobs of {bgjob} there; decorate functions with its @job"),
+            ("list heapq.py", 1, "{heapq}: no jobs of {bgjob} there; decorate functions with its @job"),
             ("run work.py --jobs purge,fial", 1, "job 'fial': no such job; did you mean fail?"),
             ("run work.py --jobs x", 1, "job 'x': no such job; there are: purge, send_mail, fail, again, sleep, stay"),
             ("run work.py --drain 5x", 2, "argument --drain: '5x' is no duration; write 90, 30s or 1h30m; see bgjob run --help"),
@@ -6243,7 +6247,7 @@ class TestCommandLine:
         folder.write("empty.py", "")
         folder.write("heapq.py", "")
         missing = f"no such module or file in {folder.path}; write a module (app.jobs) or a path (jobs.py)"
-        wanted = message.format(here=folder.path, heapq=heapq.__file__, missing=missing)
+        wanted = message.format(here=folder.path, heapq=heapq.__file__, bgjob=bgjob.__file__, missing=missing)
         assert folder.bgjob(*arguments.split()) == (status, "", f"bgjob: {wanted}\n")
         assert not (folder.path / "x.db").exists()
 
@@ -6396,7 +6400,7 @@ class TestCommandLine:
             status, out, err = folder.bgjob("status", *STORE)
             assert time.monotonic() - begun < 8
         assert (status, out) == (1, "")
-        assert err == "bgjob: store sqlite:///jobs.db unreachable: no answer within 5 s; it may be down, or locked\n"
+        assert err == "bgjob: store sqlite:///jobs.db unreachable: no answer in 5 s; it may be down, or locked\n"
 
     def test_no_answer(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         """A server that takes the connection and says nothing is one line, without the password."""
@@ -6414,5 +6418,5 @@ class TestCommandLine:
         assert bgjob.main(["status", "--store", "redis://:secret@h"]) == 1
         assert capsys.readouterr() == (
             "",
-            "bgjob: store redis://…@h unreachable: no answer within 0.1 s; it may be down, or locked\n",
+            "bgjob: store redis://…@h unreachable: no answer in 0.1 s; it may be down, or locked\n",
         )
