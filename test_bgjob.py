@@ -4698,17 +4698,18 @@ class TestHouse:
                 if not attribute.startswith("_") and callable(getattr(value, "fget", value)) and name != "State":
                     assert (getattr(value, "__doc__", "") or "").strip(), f"{name}.{attribute}"
 
-    def test_readme(self) -> None:
+    def test_readme(self, tmp_path: Path) -> None:
         """Every Python block of the README runs."""
         readme = Path("README.md")
         if not readme.exists():
             pytest.skip("no README beside the tests")
         blocks = re.findall(r"```python\n(.*?)```", readme.read_text(), flags=re.DOTALL)
-        assert len(blocks) > 5
+        assert len(blocks) == 5
+        environment = {**os.environ, "PYTHONPATH": os.path.dirname(bgjob.__file__)}
         for block in blocks:
             code = f"import bgjob\n{block}\nbgjob.simulate('1d') if bgjob.default.jobs else None\n"
             done = subprocess.run([sys.executable, "-c", code.replace("__main__", "__block__")], capture_output=True,
-                                  text=True, timeout=60, check=False)  # fmt: skip
+                                  text=True, timeout=60, check=False, cwd=tmp_path, env=environment)  # fmt: skip
             if "No module named 'fastapi'" not in done.stderr:
                 assert done.returncode == 0, block + done.stderr
 
