@@ -3169,10 +3169,9 @@ class _Shared(_Engine):
         asked = self._mono()
         trusted = (run.leased for run in held.values() if run.stop is not _Stop.LEASE)
         fence = min(trusted, default=asked) + self._lease * _TRUST - asked
+        # A job blocked this loop: a thread may have beaten meanwhile, and if none has, the answer says so.
         if fence <= 0 and self._down_since is None:
-            fence = (
-                self._lease
-            )  # a job blocked this loop: a thread may have beaten, and if none has, the answer says so
+            fence = self._lease
         try:
             async with asyncio.timeout(max(0.01, min(self._lease / 4, fence))):
                 answers = await self._store.beat({id: run._token for id, run in held.items()})
@@ -3924,24 +3923,8 @@ class SQLiteStore:
             return "refused"
         args, owner, since, awaited = row
         if end.call or awaited or state is not _SUCCEEDED:
-            db.execute(
-                self._sql.remember,
-                (
-                    end.id,
-                    end.job,
-                    state,
-                    end.at,
-                    args,
-                    end.attempt,
-                    end.token,
-                    owner,
-                    since,
-                    now,
-                    end.error,
-                    reason,
-                    end.result,
-                ),
-            )
+            past = (end.id, end.job, state, end.at, args, end.attempt, end.token, owner, since, now, end.error, reason)
+            db.execute(self._sql.remember, (*past, end.result))
         if awaited:
             self._wake_others()
         return "cancelled" if end.state is _SCHEDULED else "done"
