@@ -1550,10 +1550,15 @@ def _refuse_unless_json(job: str, name: str, value: object) -> None:
         ) from None
 
 
-def _dumps(value: object) -> str:
+@functools.cache
+def _encoder() -> Callable[[object], str]:
     import json
 
-    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode  # json.dumps would make one for each call
+
+
+def _dumps(value: object) -> str:
+    return _encoder()(value)
 
 
 def _loads(text: str | bytes) -> object:
