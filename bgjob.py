@@ -5903,9 +5903,9 @@ def _tick_words(ticks: Sequence[datetime], now: int) -> str:
     """Ticks in their own zone; day and zone are said where they change, seconds where there are some."""
     words: list[str] = []
     zone: str | None = None
-    today = day = _aware(now, ticks[0].tzinfo or UTC).date() if ticks else None
+    today = day = _aware(now, ticks[0].tzinfo or UTC).date()
     for tick in ticks:
-        soon = today is not None and (tick.date() - today).days < 7
+        soon = (tick.date() - today).days < 7
         date = "" if tick.date() == day else f"{tick:%a} " if soon else f"{tick:%Y-%m-%d} "
         clock = tick.isoformat(timespec="milliseconds")[11:23].removesuffix(".000").removesuffix(":00")
         words.append(date + clock + (f" {tick.tzname()}" if tick.tzname() != zone else ""))
@@ -5966,7 +5966,7 @@ def _list_command(options: Any) -> None:
     for job in jobs:
         ticks = job.next_ticks(max(options.n, 1), _aware(now))
         soon = _relative(_to_ms("tick", ticks[0]) - now).replace(" ", _NBSP) if ticks else ""
-        rows.append((job.name, _schedule_words(job._spec), soon, _tick_words(ticks[: options.n], now)))
+        rows.append((job.name, _schedule_words(job._spec), soon, _tick_words(ticks, now) if ticks else ""))
     _print_table(rows, {0: _BOLD})
     if schedules := {job.name: job._spec.schedule for job in jobs if job._spec.schedule is not None}:
         _print_day(schedules, now)
@@ -6037,8 +6037,9 @@ def _coming(jobs: Iterable[Standing]) -> Iterator[Row]:
             schedule = _Cron(facts["cron"], _zone(facts["tz"])) if "cron" in facts else _Every(facts.get("every", 0))
             at = next(schedule.ticks(job.last), None) if facts else None
             if at is not None:
-                id = _tick_id(job.job, at)
-                yield Row(id, job.job, _SCHEDULED, at, at, "", 0, 0, None, None, None, None, None, None)
+                yield Row(
+                    _tick_id(job.job, at), job.job, _SCHEDULED, at, at, "", 0, 0, None, None, None, None, None, None
+                )
 
 
 def _facts(row: Row, timeout: int | None, now: int) -> dict[str, object]:
@@ -6086,7 +6087,10 @@ async def _client(registry: Registry, url: str, new: bool = False) -> AsyncGener
 async def _submit_command(options: Any) -> None:
     """Submit one run of a job, to whoever runs it with the same store; print its id, or with --wait its result."""
     registry = _load(options.targets)
-    job = registry.jobs[_known(options.job, registry)]
+    job = registry.jobs.get(options.job)
+    if job is None:
+        close = difflib.get_close_matches(str(options.job), registry.jobs) or [*registry.jobs]
+        raise BgjobError(f"job {options.job!r}: no such job; there is {' or '.join(close)}")
     try:
         payload = _payload(job.name, job._spec.plan, *options.args)
     except (TypeError, ValueError) as error:
@@ -6118,7 +6122,7 @@ async def _cancel_command(options: Any) -> int:
 def _run_command(options: Any) -> int:
     """Run jobs until Ctrl-C or SIGTERM, then wait for those going; a second Ctrl-C cancels them."""
     registry = _load(options.targets)
-    names = options.jobs and [_known(name, registry) for name in options.jobs.split(",")]
+    names = options.jobs and options.jobs.split(",")
     handler = logging.StreamHandler()
     handler.setFormatter(_LogFormat())
     logging.basicConfig(level=logging.INFO, handlers=[handler])  # nothing, where the target has set its log up
@@ -6171,8 +6175,9 @@ def _import(target: str) -> ModuleType:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
-            where = f"no such module or file in {os.getcwd()}"
-            raise BgjobError(f"{target}: {where}; write a module (app.jobs) or a path (jobs.py)") from None
+            raise BgjobError(
+                f"{target}: not found in {os.getcwd()}; write a module (app.jobs) or a path (jobs.py)"
+            ) from None
         _print_traceback(error)
         hint = "; put what it runs under if __name__ == '__main__':" if isinstance(error, SystemExit) else ""
         raise BgjobError(f"{target}: its import failed: {_summary(error)}{hint}") from None
@@ -6197,14 +6202,6 @@ def _print_traceback(error: BaseException) -> None:
     theirs = [line for line in shown.stack if line.filename not in ours and "<frozen " not in line.filename]
     shown.stack = traceback.StackSummary.from_list(theirs)
     print("".join(shown.format()), end="", file=sys.stderr)
-
-
-def _known(name: str, registry: Registry) -> str:
-    if name in registry.jobs:
-        return name
-    close = " or ".join(difflib.get_close_matches(name, registry.jobs))
-    hint = f"did you mean {close}?" if close else f"there are: {', '.join(registry.jobs)}"
-    raise BgjobError(f"job {name!r}: no such job; {hint}")
 
 
 def _milliseconds(text: str) -> int:
