@@ -810,10 +810,10 @@ class Run(Generic[R_co]):
     _done: asyncio.Event | None
 
     def __init__(self, job: str, at: int, kwargs: Mapping[str, object], owner: _Owner) -> None:
-        self.job = job
+        self.job: str = job
         self.args: tuple[object, ...] = ()
-        self.kwargs = kwargs
-        self.attempt = 0
+        self.kwargs: Mapping[str, object] = kwargs
+        self.attempt: int = 0
         self.state: State = _SCHEDULED
         self.key = self.error = self.reason = None
         self._id = self._started = self._took = self._value = self._exception = self._done = None
@@ -3533,7 +3533,7 @@ class SQLiteStore:
         ScheduleError: a duration is wrong.
     """
 
-    poll = _SLICE  # it looks by itself
+    poll: int = _SLICE  # it looks by itself
 
     def __init__(
         self,
@@ -3543,11 +3543,11 @@ class SQLiteStore:
         lease: Duration = "30s",
         keep: Duration = "1d",
     ) -> None:
-        self.path = os.fspath(path)
+        self.path: str = os.fspath(path)
         # Whatever folder the process goes to. What SQLite keeps in memory is no file, and is refused.
         self._file = self.path if self.path == ":memory:" else os.path.abspath(self.path)
-        self.lease = _lease(lease)
-        self.keep = _duration("keep", keep, 1)
+        self.lease: int = _lease(lease)
+        self.keep: int = _duration("keep", keep, 1)
         self._prefix = _checked_prefix(prefix)
         self._sql = _SQLiteStatements(*_prefixed(_SQLiteStatements(), prefix))
         self._db: _Numbered | None = None
@@ -4236,7 +4236,7 @@ class PostgresStore:
         ScheduleError: a duration is wrong.
     """
 
-    poll = 5000
+    poll: int = 5000
 
     def __init__(
         self,
@@ -4250,8 +4250,8 @@ class PostgresStore:
         self._pool = None if isinstance(url_or_pool, str) else url_or_pool
         if self._url is not None and not self._url.startswith(("postgresql://", "postgres://")):
             raise StoreError(f"{_no_password(self._url)!r}: write postgresql://user:password@host:5432/database")
-        self.lease = _lease(lease)
-        self.keep = _duration("keep", keep, 1)
+        self.lease: int = _lease(lease)
+        self.keep: int = _duration("keep", keep, 1)
         self._prefix = _checked_prefix(prefix)
         self._sql = _PostgresStatements(*_prefixed(_PostgresStatements(), prefix))
         self._limit = min(_VERB_LIMIT, self.lease / 4000)
@@ -5039,7 +5039,7 @@ class RedisStore:
         ScheduleError: a duration is wrong.
     """
 
-    poll = 5000
+    poll: int = 5000
 
     def __init__(
         self,
@@ -5051,8 +5051,8 @@ class RedisStore:
     ) -> None:
         self._source = url_or_client
         self._shown = _redis_place(url_or_client)
-        self.lease = _lease(lease)
-        self.keep = _duration("keep", keep, 1)
+        self.lease: int = _lease(lease)
+        self.keep: int = _duration("keep", keep, 1)
         self._key = f"{{{_checked_prefix(prefix)}}}:"
         self._limit = min(_VERB_LIMIT, self.lease / 4000)
         self._heads: dict[str, tuple[bytes, bytes]] = {}
