@@ -3776,8 +3776,8 @@ class SQLiteStore:
     def _guard(self) -> None:
         """The thread: checkpoints, and beats where the loop is late with them."""
         while not self._stopped:
-            pause = self.lease / 6000
-            self._stir.wait(min(1.0, pause) if self._log_is_long() else pause)  # a checkpoint gives way to others
+            # Now and then in any case: a few large runs make the log long without stirring, and a checkpoint gives way.
+            self._stir.wait(min(5.0, self.lease / 6000))
             self._stir.clear()
             with suppress(Exception):  # a lock, a full disk: the loop meets it too, and says so
                 self._guard_once()
