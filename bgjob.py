@@ -3777,12 +3777,17 @@ class SQLiteStore:
         """The thread: checkpoints, and beats where the loop is late with them."""
         while not self._stopped:
             # Now and then in any case: a few large runs make the log long without stirring, and a checkpoint gives way.
-            self._stir.wait(min(5.0, self.lease / 6000))
+            stirred = self._stir.wait(min(5.0, self.lease / 6000))
             self._stir.clear()
+            if not (stirred or self._log_is_long() or self._is_late()):
+                continue
             with suppress(Exception):  # a lock, a full disk: the loop meets it too, and says so
                 self._guard_once()
         with suppress(RuntimeError):  # the loop was closed without us
             self._loop.call_soon_threadsafe(self._thread_ended.set_result, None)
+
+    def _is_late(self) -> bool:
+        return self._loop.time() - self._beaten > self.lease / 2000
 
     def _guard_once(self) -> None:
         import sqlite3
@@ -3792,7 +3797,7 @@ class SQLiteStore:
         with closing(_Numbered(sqlite3.connect(file, uri=True, timeout=self.lease / 4000, isolation_level=None))) as db:
             db.execute("PRAGMA synchronous = NORMAL")
             asked = self._loop.time()
-            if asked - self._beaten > self.lease / 2000:
+            if self._is_late():
                 db.execute("BEGIN IMMEDIATE")
                 due = _wall_ms() + self.lease
                 for id, token in self._held.copy().items():
