@@ -39,8 +39,6 @@ Durations are everywhere the same: seconds (int or float), a `timedelta`, or tex
 from __future__ import annotations
 
 import asyncio
-import copy
-import difflib
 import functools
 import heapq
 import importlib
@@ -538,6 +536,8 @@ def _zone(tz: object) -> tzinfo:
 def _remedy(tz: str, known: set[str]) -> str:
     if not known:
         return "there is no zone database here; pip install tzdata"
+    import difflib
+
     names = {name.lower(): name for name in known}
     close = difflib.get_close_matches(tz[:40].lower(), names, n=1, cutoff=0.8)
     if close:
@@ -604,6 +604,8 @@ class _Cron:
 
     def _walls(self, start: datetime) -> Iterator[datetime]:
         """Walls after `start` that match."""
+        import copy
+
         # The calendar repeats after 400 years to the weekday: croniter always begins within 2000-2399, since it can't
         # start before 1970 on Windows.
         shift = _FOUR_CENTURIES * (start.year // 400 - 5)
@@ -779,45 +781,24 @@ class Run(Generic[R_co]):
         reason: why the run was cancelled, skipped or cut short, else None.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_at",
-        "_done",
-        "_exception",
-        "_id",
-        "_owner",
-        "_started",
-        "_token",
-        "_took",
-        "_value",
-        "args",
-        "attempt",
-        "error",
-        "job",
-        "key",
-        "kwargs",
-        "reason",
-        "state",
-    )
-    key: str | None
-    error: str | None
-    reason: str | None
-    _id: str | None
-    _started: float | None  # wall seconds
-    _took: float | None  # s, by the monotonic clock
-    _value: object
-    _exception: BaseException | None
-    _done: asyncio.Event | None
+    # What few runs change is a default of the class: to set it for each would take longer than to start the task.
+    args: tuple[object, ...] = ()
+    attempt: int = 0
+    state: State = _SCHEDULED
+    key: str | None = None
+    error: str | None = None
+    reason: str | None = None
+    _id: str | None = None
+    _token = 0
+    _started: float | None = None  # wall seconds
+    _took: float | None = None  # s, by the monotonic clock
+    _value: object = None
+    _exception: BaseException | None = None
+    _done: asyncio.Event | None = None
 
     def __init__(self, job: str, at: int, kwargs: Mapping[str, object], owner: _Owner) -> None:
         self.job: str = job
-        self.args: tuple[object, ...] = ()
         self.kwargs: Mapping[str, object] = kwargs
-        self.attempt: int = 0
-        self.state: State = _SCHEDULED
-        self.key = self.error = self.reason = None
-        self._id = self._started = self._took = self._value = self._exception = self._done = None
-        self._token = 0
         self._at = at
         self._owner = owner
 
@@ -1202,11 +1183,12 @@ OnCrash: TypeAlias = Literal["rerun", "drop"]
 OnError: TypeAlias = Callable[[Run, BaseException], object]
 
 _MAX_ARGS = 1 << 20  # bytes of JSON
+_LATE = 1000  # ms after which the start of a tick is worth a warning
 _LAST = 253_402_000_000_000  # ms: some days before the year 10000, where datetimes end in every zone
 _BACKOFF = functools.partial(_doubling, 1000, 300_000)  # "1s..5m"
 
 
-class _Settings(NamedTuple):
+class _Settings:
     """The decorator's keywords as they were written."""
 
     every: Duration | None
@@ -1227,6 +1209,9 @@ class _Settings(NamedTuple):
     on_error: OnError | None
     on_crash: OnCrash
 
+    def __init__(self, **written: object) -> None:
+        vars(self).update(written)
+
 
 class _Spec:
     """The decorator's keywords checked and converted: durations in ms, policies as functions."""
@@ -1243,6 +1228,7 @@ class _Spec:
         "on_error",
         "overlap",
         "parallelism",
+        "patience",
         "plan",
         "retries",
         "retryable",
@@ -1264,6 +1250,7 @@ class _Spec:
         self.parallelism: int = default if s.parallelism is None else _int("parallelism", s.parallelism, 1)
         self.overlap: str = _choice("overlap", s.overlap, ("skip", "queue", "all"))
         self.expires: int | None = None if s.expires is None else _duration("expires", s.expires, 1)
+        self.patience: int = _LATE if self.expires is None else min(_LATE, self.expires)
         self.timeout: int | None = None if s.timeout is None else _duration("timeout", s.timeout, 1)
         self.retries: int = _int("retries", s.retries, 0)
         self.delay: Callable[[int, str], int] = _BACKOFF if s.retry_delay == "1s..5m" else _retry_delay(s.retry_delay)
@@ -1280,8 +1267,9 @@ class _Spec:
 
 def _when(s: _Settings) -> tuple[_Every | _Cron | None, int | None]:
     """The schedule of `every` or `cron`, or the ms of `after`."""
-    if s[:3].count(None) < 2:
-        written = [f"{what}={value!r}" for what, value in zip(s._fields[:3], s[:3], strict=True) if value is not None]
+    if (s.every, s.cron, s.after).count(None) < 2:
+        schedules = {"every": s.every, "cron": s.cron, "after": s.after}
+        written = [f"{what}={value!r}" for what, value in schedules.items() if value is not None]
         raise ScheduleError(f"{' and '.join(written)}: a job has one schedule; stack a second @job with its own name")
     if s.tz is not None and s.cron is None:
         raise ScheduleError(f"tz={s.tz!r}: only cron has a zone; leave it out, or write cron=")
@@ -1787,7 +1775,6 @@ _BATCH = 100  # entries admitted between two turns of the loop: more would leave
 _GRACE = 5.0  # s for what was cancelled at the end of a drain
 _HOOK_LIMIT = 30_000  # ms for on_error where the job has no timeout
 _COUNTED = 1000  # missed ticks of a cron are counted up to here; those of an interval cost nothing to count
-_LATE = 1000  # ms after which the start of a tick is worth a warning
 _PAST = 1000  # ended runs that memory remembers
 _KEEP = _UNITS["d"]  # how long it keeps a key taken
 
@@ -1823,12 +1810,25 @@ def _judge(stop: _Stop | None, error: BaseException | None, timeout: int | None)
 class _Lane:
     """One job in one engine: its ticks, its slots, and who waits for one."""
 
-    __slots__ = ("__weakref__", "busy", "limit", "parked", "seq", "skipped", "spec", "ticks", "unfinished", "waiting")
+    __slots__ = (
+        "__weakref__",
+        "busy",
+        "limit",
+        "parked",
+        "seq",
+        "skipped",
+        "spec",
+        "step",
+        "ticks",
+        "unfinished",
+        "waiting",
+    )
 
     def __init__(self, spec: _Spec, seq: int) -> None:
         self.spec = spec
         self.seq = seq
-        self.ticks: Iterator[int] | int | None = None  # those after the one in the heap; the ms between them if even
+        self.step = 0  # ms between ticks where they are even; else those after the one in the heap are in `ticks`
+        self.ticks: Iterator[int] | None = None
         self.parked: int | None = None  # overlap="all": the next tick, not in the heap while there is no room for it
         self.busy = 0  # slots taken
         self.unfinished = 0  # ticks that run, wait, or will be retried
@@ -1840,7 +1840,7 @@ class _Lane:
         """The first tick of a job that starts now; `ticks` holds those after it."""
         spec = self.spec
         if isinstance(spec.schedule, _Every):
-            self.ticks = spec.schedule.every
+            self.step = spec.schedule.every
         elif spec.schedule is not None:
             self.ticks = spec.schedule.ticks(now)
         elif spec.after is not None:
@@ -1848,17 +1848,15 @@ class _Lane:
         return now if spec.immediate else self.following(now)
 
     def following(self, tick: int) -> int | None:
-        ticks = self.ticks
-        if isinstance(ticks, int):
-            return tick + ticks
-        return None if ticks is None else next(ticks, None)
+        if self.step:
+            return tick + self.step
+        return None if self.ticks is None else next(self.ticks, None)
 
     def grid(self, tick: int) -> _Every | _Cron:
         """The schedule with `tick` as one of its ticks: an interval's begin one interval after its start."""
         if isinstance(self.spec.schedule, _Cron):
             return self.spec.schedule
-        every = cast(_Every, self.spec.schedule).every
-        return _Every(every, tick - every)
+        return _Every(self.step, tick - self.step)
 
     def catch_up(self, due: int, now: int) -> int:
         """The newest tick up to now: computed, for a gap of a week costs no more than one of a minute."""
@@ -1882,30 +1880,23 @@ def _log_gap(job: str, grid: _Schedule, first: int, last: int) -> None:
 class _Live(Run[object]):
     """A run of this process: what the engine has to know of it beside its facts."""
 
-    __slots__ = ("call", "elapsed", "lane", "stop", "task")
-    task: asyncio.Task[None] | None
-    stop: _Stop | None
-    lost: int = 0  # claims that ended with their process: none, for without a store it is this one
+    call = False  # submitted, not a tick
+    elapsed = True  # its due time is a delay, so it moves along when the clock is set back; False for `at`
+    task: asyncio.Task[None] | None = None
+    stop: _Stop | None = None
+    lost = 0  # claims that ended with their process: none, for without a store it is this one
 
     def __init__(self, lane: _Lane, at: int, kwargs: Mapping[str, object], owner: _Owner) -> None:
         super().__init__(lane.spec.name, at, kwargs, owner)
         self.lane = lane
-        self.call = False  # submitted, not a tick
-        self.elapsed = True  # its due time is a delay, so it moves along when the clock is set back; False for `at`
-        self.task = self.stop = None
 
 
 class _Stored(_Live):
     """A run that a shared store has: claimed by this process, or submitted by it."""
 
-    __slots__ = ("gone", "leased", "lost", "payload")
-
-    def __init__(self, lane: _Lane, at: int, kwargs: Mapping[str, object], owner: _Owner) -> None:
-        super().__init__(lane, at, kwargs, owner)
-        self.gone = False  # another instance's by now
-        self.leased = 0.0  # monotonic time at which the claim or the last beat was asked for
-        self.lost = 0  # claims that ended with their process
-        self.payload = ""  # of a call: its arguments, as they are stored
+    gone = False  # another instance's by now
+    leased = 0.0  # monotonic time at which the claim or the last beat was asked for
+    payload = ""  # of a call: its arguments, as they are stored
 
 
 _Entry: TypeAlias = tuple[int, int, _Lane | _Live]  # due, order of entering, what is due
@@ -1943,6 +1934,41 @@ class _Past:
 
 class _Engine:
     """Executes the jobs of a registry in this process."""
+
+    __slots__ = (  # beyond 30 attributes Python looks each up in a dict, which takes a microsecond a fire
+        "__weakref__",
+        "_app",
+        "_armed",
+        "_calls",
+        "_clock",
+        "_closed",
+        "_closing",
+        "_context",
+        "_dead",
+        "_drain",
+        "_entering",
+        "_freed",
+        "_heap",
+        "_idle",
+        "_ids",
+        "_lanes",
+        "_live",
+        "_mono",
+        "_names",
+        "_now",
+        "_offset",
+        "_on_event",
+        "_opening",
+        "_past",
+        "_registry",
+        "_retired",
+        "_seq",
+        "_thread",
+        "_timer",
+        "_wall",
+        "loop",
+        "stopping",
+    )
 
     def __init__(
         self,
@@ -2068,7 +2094,7 @@ class _Engine:
 
     def _retire(self, lane: _Lane) -> None:
         """End a schedule; the runs it has begun are left alone."""
-        lane.ticks = lane.parked = None
+        lane.step, lane.ticks, lane.parked = 0, None, None
         self._retired.add(lane)
         self._heap[:] = [entry for entry in self._heap if entry[2] is not lane]  # in place: _admit may be at it
         heapq.heapify(self._heap)
@@ -2140,13 +2166,12 @@ class _Engine:
     # Wait
 
     def _read_clocks(self) -> None:
-        read_mono, read_wall = self._mono, self._wall
-        wall = read_wall()
-        offset = wall - read_mono()
+        wall = self._wall()
+        offset = wall - self._mono()
         step = offset - self._offset
         self._offset = offset
         self._now = int(wall * 1000)
-        if abs(step) > _JUMP:
+        if not -_JUMP <= step <= _JUMP:
             self._jumped(round(step * 1000))
 
     def _jumped(self, step: int) -> None:
@@ -2184,7 +2209,8 @@ class _Engine:
         if self._freed:
             when = 0.0
         elif self._heap:
-            when = min(self._heap[0][0], self._now + self._clock.slice) / 1000 - self._offset
+            due, latest = self._heap[0][0], self._now + self._clock.slice
+            when = (due if due < latest else latest) / 1000 - self._offset
         else:
             return
         if when < self._armed and not self._closing:
@@ -2226,7 +2252,7 @@ class _Engine:
                 heapq.heappop(heap)
                 item.parked = due
                 continue
-            following = item.following(due)
+            following = due + item.step if item.step else item.following(due)
             if following is not None and following <= now and item.spec.overlap != "all":
                 due = item.catch_up(due, now)
                 following = item.following(due)
@@ -2295,13 +2321,8 @@ class _Engine:
     def _start(self, run: _Live) -> None:
         lane = run.lane
         spec = lane.spec
-        late = self._now - run._at
-        first = run._started is None
-        if spec.expires is not None and first and late > spec.expires:
-            self._end(run, _SKIPPED, f"expired: {_span(late)} late, expires={_span(spec.expires)}")
+        if self._now - run._at > spec.patience and run._started is None and self._expired(run, spec):
             return
-        if late > _LATE and late > _LATE + spec.jitter and first and not run.call:
-            _log.warning("%s starts %s late", run, _span(late))
         lane.busy += 1
         run.attempt += 1
         self._live[run] = None
@@ -2315,10 +2336,20 @@ class _Engine:
             return
         if run._done is not None:
             self.loop.call_soon(self._check_entered)
-        if run.stop is not None and run.state is _RUNNING:
+        if run.state is _RUNNING and run.stop is not None:
             # An eager task factory ran the first steps inside create_task, and they cancelled this very run when it
             # had no task yet.
             run.task.cancel()
+
+    def _expired(self, run: _Live, spec: _Spec) -> bool:
+        """Whether it is too late for a first start; one that is only late is worth a warning, if it is a tick's."""
+        late = self._now - run._at
+        if spec.expires is not None and late > spec.expires:
+            self._end(run, _SKIPPED, f"expired: {_span(late)} late, expires={_span(spec.expires)}")
+            return True
+        if late > _LATE + spec.jitter and not run.call:
+            _log.warning("%s starts %s late", run, _span(late))
+        return False
 
     def _check_entered(self) -> None:
         # Somebody cancels all tasks between our create_task and their first step: such a task never enters its
@@ -2341,8 +2372,7 @@ class _Engine:
         _current.set(run)
         error: BaseException | None = None
         timer = None
-        clock = self._mono
-        begun = clock()
+        begun = self._mono()
         try:
             if run.stop is None:  # else cancelled between create_task and this first step
                 run.state, run._started, run._took = _RUNNING, begun + self._offset, None
@@ -2361,7 +2391,7 @@ class _Engine:
             error = raised
         if timer is not None:
             timer.cancel()
-        run._took = clock() - begun
+        run._took = self._mono() - begun
         if error is None and run.stop is None:
             self._finish(run, _SUCCESS)
             return
@@ -3396,8 +3426,13 @@ def _checked_prefix(prefix: object) -> str:
     return prefix
 
 
-def _prefixed(statements: Iterable[str], prefix: str) -> Iterator[str]:
-    return (statement.replace("bgjob_", f"{prefix}_") for statement in statements)
+class _Statements:
+    """The SQL of a store, for tables with its prefix."""
+
+    def __init__(self, prefix: str) -> None:
+        for name, sql in vars(type(self)).items():
+            if not name.startswith("__"):
+                setattr(self, name, sql.replace("bgjob_", f"{prefix}_"))
 
 
 def _decide(tick: Tick, now: int, last: int, unfinished: int, busy: int, waiting: int) -> Answer:
@@ -3413,35 +3448,32 @@ def _decide(tick: Tick, now: int, last: int, unfinished: int, busy: int, waiting
     return Answer(tick, "won", tick.at, Claimed(tick.id, tick.job, tick.at, False, "", 1, 0, 1, False))
 
 
-_SQLITE_SCHEMA = """
-CREATE TABLE IF NOT EXISTS bgjob_tick(
-  job TEXT PRIMARY KEY, last INTEGER NOT NULL, schedule TEXT NOT NULL, timeout INTEGER) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS bgjob_run(
-  id TEXT PRIMARY KEY, job TEXT NOT NULL, due INTEGER NOT NULL, at INTEGER NOT NULL, call INTEGER NOT NULL,
-  args TEXT NOT NULL DEFAULT '', tries INTEGER NOT NULL DEFAULT 0, lost INTEGER NOT NULL DEFAULT 0,
-  token INTEGER NOT NULL DEFAULT 0, owner TEXT, since INTEGER, error TEXT, cancel INTEGER NOT NULL DEFAULT 0,
-  awaited INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS bgjob_due ON bgjob_run(job, due, id);
-CREATE INDEX IF NOT EXISTS bgjob_busy ON bgjob_run(job) WHERE owner IS NOT NULL;
-CREATE INDEX IF NOT EXISTS bgjob_ticks ON bgjob_run(job) WHERE call = 0;
-CREATE INDEX IF NOT EXISTS bgjob_flagged ON bgjob_run(owner) WHERE cancel = 1;
-CREATE TABLE IF NOT EXISTS bgjob_past(
-  id TEXT PRIMARY KEY, job TEXT NOT NULL, state TEXT NOT NULL, at INTEGER NOT NULL, args TEXT NOT NULL,
-  attempt INTEGER NOT NULL, token INTEGER NOT NULL, owner TEXT, since INTEGER, finished INTEGER NOT NULL, error TEXT,
-  reason TEXT, result TEXT) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS bgjob_past_finished ON bgjob_past(finished);
-CREATE TABLE IF NOT EXISTS bgjob_peer(owner TEXT PRIMARY KEY, port INTEGER NOT NULL, seen INTEGER NOT NULL);
-"""
-
-
 _SQLITE_ROW = """id, job, CASE WHEN owner IS NOT NULL AND due > ?1 THEN 'running' ELSE 'scheduled' END, at, due, args,
     tries, token, owner, since, NULL, error, NULL, NULL"""
 _SQLITE_PAST = "id, job, state, at, finished, args, attempt, token, owner, since, finished, error, reason, result"
 
 
-class _SQLiteStatements(NamedTuple):
+class _SQLiteStatements(_Statements):
     """The immediate transaction that most stand in serialises writers, so that counts and limits are exact."""
 
+    schema: str = """
+        CREATE TABLE IF NOT EXISTS bgjob_tick(
+          job TEXT PRIMARY KEY, last INTEGER NOT NULL, schedule TEXT NOT NULL, timeout INTEGER) WITHOUT ROWID;
+        CREATE TABLE IF NOT EXISTS bgjob_run(
+          id TEXT PRIMARY KEY, job TEXT NOT NULL, due INTEGER NOT NULL, at INTEGER NOT NULL, call INTEGER NOT NULL,
+          args TEXT NOT NULL DEFAULT '', tries INTEGER NOT NULL DEFAULT 0, lost INTEGER NOT NULL DEFAULT 0,
+          token INTEGER NOT NULL DEFAULT 0, owner TEXT, since INTEGER, error TEXT, cancel INTEGER NOT NULL DEFAULT 0,
+          awaited INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;
+        CREATE INDEX IF NOT EXISTS bgjob_due ON bgjob_run(job, due, id);
+        CREATE INDEX IF NOT EXISTS bgjob_busy ON bgjob_run(job) WHERE owner IS NOT NULL;
+        CREATE INDEX IF NOT EXISTS bgjob_ticks ON bgjob_run(job) WHERE call = 0;
+        CREATE INDEX IF NOT EXISTS bgjob_flagged ON bgjob_run(owner) WHERE cancel = 1;
+        CREATE TABLE IF NOT EXISTS bgjob_past(
+          id TEXT PRIMARY KEY, job TEXT NOT NULL, state TEXT NOT NULL, at INTEGER NOT NULL, args TEXT NOT NULL,
+          attempt INTEGER NOT NULL, token INTEGER NOT NULL, owner TEXT, since INTEGER, finished INTEGER NOT NULL,
+          error TEXT, reason TEXT, result TEXT) WITHOUT ROWID;
+        CREATE INDEX IF NOT EXISTS bgjob_past_finished ON bgjob_past(finished);
+        CREATE TABLE IF NOT EXISTS bgjob_peer(owner TEXT PRIMARY KEY, port INTEGER NOT NULL, seen INTEGER NOT NULL);"""
     enlist: str = """INSERT INTO bgjob_tick(job, last, schedule, timeout) VALUES(?1, ?2, ?3, ?4) ON CONFLICT(job)
         DO UPDATE SET last = CASE WHEN schedule = ?3 THEN last ELSE ?2 END, schedule = ?3, timeout = ?4"""
     last: str = "SELECT job, last FROM bgjob_tick WHERE job IN (SELECT value FROM json_each(?1))"
@@ -3549,7 +3581,7 @@ class SQLiteStore:
         self.lease: int = _lease(lease)
         self.keep: int = _duration("keep", keep, 1)
         self._prefix = _checked_prefix(prefix)
-        self._sql = _SQLiteStatements(*_prefixed(_SQLiteStatements(), prefix))
+        self._sql = _SQLiteStatements(prefix)
         self._db: _Numbered | None = None
         self._held: dict[str, int] = {}
         self._writes = 0
@@ -3607,7 +3639,7 @@ class SQLiteStore:
             self._db.execute("PRAGMA wal_autocheckpoint = 0")
             await self._retry("BEGIN IMMEDIATE")
             with self._transaction():
-                for statement in next(_prefixed([_SQLITE_SCHEMA], self._prefix)).split(";"):
+                for statement in self._sql.schema.split(";"):
                     self._db.execute(statement)
             self._inode = os.stat(self._file).st_ino
             self._version = self._data_version()
@@ -4007,25 +4039,6 @@ _POSTGRES_NO_TABLE = "42P01"
 _POSTGRES_NOW = "floor(extract(epoch FROM statement_timestamp()) * 1000)::bigint"
 _POSTGRES_CLOCK = "floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
 
-_POSTGRES_SCHEMA = """
-CREATE TABLE IF NOT EXISTS bgjob_tick(
-  job TEXT PRIMARY KEY, last BIGINT NOT NULL, schedule TEXT NOT NULL, timeout BIGINT) WITH (fillfactor = 70);
-CREATE TABLE IF NOT EXISTS bgjob_run(
-  id TEXT PRIMARY KEY, job TEXT NOT NULL, due BIGINT NOT NULL, at BIGINT NOT NULL, call INTEGER NOT NULL,
-  args TEXT NOT NULL DEFAULT '', tries INTEGER NOT NULL DEFAULT 0, lost INTEGER NOT NULL DEFAULT 0,
-  token INTEGER NOT NULL DEFAULT 0, owner TEXT, since BIGINT, error TEXT, cancel INTEGER NOT NULL DEFAULT 0,
-  awaited INTEGER NOT NULL DEFAULT 0) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02);
-CREATE INDEX IF NOT EXISTS bgjob_due ON bgjob_run(job, due, id);
-CREATE INDEX IF NOT EXISTS bgjob_busy ON bgjob_run(job) WHERE owner IS NOT NULL;
-CREATE INDEX IF NOT EXISTS bgjob_ticks ON bgjob_run(job) WHERE call = 0;
-CREATE INDEX IF NOT EXISTS bgjob_flagged ON bgjob_run(owner) WHERE cancel = 1;
-CREATE TABLE IF NOT EXISTS bgjob_past(
-  id TEXT PRIMARY KEY, job TEXT NOT NULL, state TEXT NOT NULL, at BIGINT NOT NULL, args TEXT NOT NULL,
-  attempt INTEGER NOT NULL, token INTEGER NOT NULL, owner TEXT, since BIGINT, finished BIGINT NOT NULL, error TEXT,
-  reason TEXT, result TEXT);
-CREATE INDEX IF NOT EXISTS bgjob_past_finished ON bgjob_past(finished);
-"""
-
 _POSTGRES_ROW = f"""id, job, CASE WHEN owner IS NOT NULL AND due > {_POSTGRES_NOW} THEN 'running' ELSE 'scheduled' END,
     at, due, args, tries, token, owner, since, NULL::bigint, error, NULL::text, NULL::text"""
 _POSTGRES_PAST = "id, job, state, at, finished, args, attempt, token, owner, since, finished, error, reason, result"
@@ -4037,10 +4050,27 @@ _POSTGRES_REPLACE = """ON CONFLICT (id) DO UPDATE SET (job, state, at, args, att
         excluded.result)"""
 
 
-class _PostgresStatements(NamedTuple):
+class _PostgresStatements(_Statements):
     """A statement sees what was committed when it began. Hence limits are counted in another one than takes the locks,
     and rows are locked in the order of their keys, before they are changed by `id = ANY(ARRAY(…))`, which is a seek."""
 
+    schema: str = """
+        CREATE TABLE IF NOT EXISTS bgjob_tick(
+          job TEXT PRIMARY KEY, last BIGINT NOT NULL, schedule TEXT NOT NULL, timeout BIGINT) WITH (fillfactor = 70);
+        CREATE TABLE IF NOT EXISTS bgjob_run(
+          id TEXT PRIMARY KEY, job TEXT NOT NULL, due BIGINT NOT NULL, at BIGINT NOT NULL, call INTEGER NOT NULL,
+          args TEXT NOT NULL DEFAULT '', tries INTEGER NOT NULL DEFAULT 0, lost INTEGER NOT NULL DEFAULT 0,
+          token INTEGER NOT NULL DEFAULT 0, owner TEXT, since BIGINT, error TEXT, cancel INTEGER NOT NULL DEFAULT 0,
+          awaited INTEGER NOT NULL DEFAULT 0) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02);
+        CREATE INDEX IF NOT EXISTS bgjob_due ON bgjob_run(job, due, id);
+        CREATE INDEX IF NOT EXISTS bgjob_busy ON bgjob_run(job) WHERE owner IS NOT NULL;
+        CREATE INDEX IF NOT EXISTS bgjob_ticks ON bgjob_run(job) WHERE call = 0;
+        CREATE INDEX IF NOT EXISTS bgjob_flagged ON bgjob_run(owner) WHERE cancel = 1;
+        CREATE TABLE IF NOT EXISTS bgjob_past(
+          id TEXT PRIMARY KEY, job TEXT NOT NULL, state TEXT NOT NULL, at BIGINT NOT NULL, args TEXT NOT NULL,
+          attempt INTEGER NOT NULL, token INTEGER NOT NULL, owner TEXT, since BIGINT, finished BIGINT NOT NULL,
+          error TEXT, reason TEXT, result TEXT);
+        CREATE INDEX IF NOT EXISTS bgjob_past_finished ON bgjob_past(finished);"""
     # a client that stops in the middle keeps its locks no longer than this
     begin: str = """BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL idle_in_transaction_session_timeout = 1000;
         SET LOCAL lock_timeout = 4000; SET LOCAL statement_timeout = 4000"""
@@ -4258,7 +4288,7 @@ class PostgresStore:
         self.lease: int = _lease(lease)
         self.keep: int = _duration("keep", keep, 1)
         self._prefix = _checked_prefix(prefix)
-        self._sql = _PostgresStatements(*_prefixed(_PostgresStatements(), prefix))
+        self._sql = _PostgresStatements(prefix)
         self._limit = min(_VERB_LIMIT, self.lease / 4000)
         self._owner: str | None = None
 
@@ -4330,8 +4360,7 @@ class PostgresStore:
         ((pid, made),) = await db.fetch(self._sql.server)
         if not made:
             lock = f"SELECT pg_advisory_xact_lock({crc32(b'bgjob') >> 1}, {crc32(self._prefix.encode()) >> 1})"
-            schema = next(_prefixed([_POSTGRES_SCHEMA], self._prefix))
-            await db.execute(f"{self._sql.begin}; {lock}; {schema} COMMIT")
+            await db.execute(f"{self._sql.begin}; {lock}; {self._sql.schema} COMMIT")
         missing = await db.fetch(self._sql.missing)
         if missing:
             raise StoreError(f"{self!r}: permission denied: no {missing[0][1]} on table {missing[0][0]}")
@@ -4665,7 +4694,7 @@ def _columns(rows: Sequence[object], *names: str) -> list[list[object]]:
 
 _REDIS_CONNECTIONS = 4  # at the same time: more would not be faster, for the server does one thing at a time
 _REDIS_SILENCE = 10.0  # s
-_REDIS_PASSING = re.compile(r"\b(LOADING|BUSY|READONLY|MASTERDOWN|OOM|MISCONF|NOREPLICAS|CLUSTERDOWN|TRYAGAIN)\b")
+_REDIS_PASSING = r"\b(LOADING|BUSY|READONLY|MASTERDOWN|OOM|MISCONF|NOREPLICAS|CLUSTERDOWN|TRYAGAIN)\b"
 
 # Every instant and duration is a whole number of milliseconds; a text that is missing is ''. A script is never rolled
 # back, so that `rows` converts its arguments before the first write. ARGV[1] is always the caller.
@@ -4709,7 +4738,7 @@ end
 """
 
 
-class _RedisScripts(NamedTuple):
+class _Redis:
     """One a verb. Keys, all after the prefix in braces, which is one slot of a cluster:
 
     HASH `tick`, `schedule`, `timeout`: job to its last tick, what was listed. HASH `run:<id>`: a run; with a `state`
@@ -5004,9 +5033,6 @@ class _RedisScripts(NamedTuple):
     """
 
 
-_REDIS = _RedisScripts()
-
-
 class _RedisConnection(Protocol):
     """What is used of redis-py's connections; in its versions 5 to 8 they are the same, and half as dear as clients."""
 
@@ -5089,7 +5115,7 @@ class RedisStore:
         self._opened = True
         try:
             with suppress(Unreachable):  # then each verb tries to connect
-                await self._call(_REDIS.enlist)
+                await self._call(_Redis.enlist)
                 self._ears = await self._subscribe()
         except BaseException:
             await self.close()
@@ -5249,7 +5275,7 @@ class RedisStore:
             errors.ClusterDownError, errors.TryAgainError,
         )  # fmt: skip
         refused = isinstance(error, (errors.AuthenticationError, errors.AuthorizationError))
-        outage = isinstance(error, passing) or _REDIS_PASSING.search(text) is not None
+        outage = isinstance(error, passing) or re.search(_REDIS_PASSING, text) is not None
         return (Unreachable if outage and not refused else StoreError)(f"{self!r}: {text}")
 
     # Hints
@@ -5307,9 +5333,9 @@ class RedisStore:
     async def enlist(self, jobs: Mapping[str, Listing]) -> tuple[int, Mapping[str, int]]:
         at = 0
         if any(one.immediate for one in jobs.values()):
-            at, _ = await self._each(_REDIS.enlist, (), ())  # the server can't write the id of a tick
+            at, _ = await self._each(_Redis.enlist, (), ())  # the server can't write the id of a tick
         now, lasts = await self._each(
-            _REDIS.enlist,
+            _Redis.enlist,
             (),
             [(job, one.schedule, one.timeout or "", one.immediate, _tick_id(job, at), at) for job, one in jobs.items()],
         )
@@ -5319,7 +5345,7 @@ class RedisStore:
     async def tick(self, ticks: Sequence[Tick]) -> tuple[int, Sequence[Answer]]:
         ids = [tick.id for tick in ticks]
         items = [(id, *tick) for id, tick in zip(ids, ticks, strict=True)]
-        now, answers = await self._each(_REDIS.tick, (self.lease,), items)
+        now, answers = await self._each(_Redis.tick, (self.lease,), items)
         if len(answers) < len(ticks):
             raise Unreachable(f"{self!r}: its jobs were deleted")
         return now, [self._answer(tick, id, *answer) for tick, id, answer in zip(ticks, ids, answers, strict=True)]
@@ -5339,20 +5365,20 @@ class RedisStore:
         ]
         stored: list[bytes] = []
         for part in _redis_parts(items):
-            stored += (await self._call(_REDIS.push, self.poll if wake else -_CENTURY, *part)).split()
+            stored += (await self._call(_Redis.push, self.poll if wake else -_CENTURY, *part)).split()
         return [None if at == b"-" else int(at) for at in stored]
 
     async def claim(self, free: Mapping[str, tuple[int, int]]) -> News:
         doubt = self._loop.time() < self._doubtful
         held = _dumps(self._held) if doubt else ""
         asked = [argument for job, slots in free.items() for argument in (job, *slots)]
-        now, found, next_due, flagged = await self._facts(_REDIS.claim, self.lease, _AT_ONCE, held, *asked)
+        now, found, next_due, flagged = await self._facts(_Redis.claim, self.lease, _AT_ONCE, held, *asked)
         runs = [Claimed(id, job, int(at), *rest) for id, job, at, *rest in found]
         self._held.update((run.id, run.token) for run in runs)
         return News(now, runs, int(next_due) if next_due else None, [*flagged])
 
     async def beat(self, runs: Mapping[str, int]) -> Mapping[str, bool]:
-        _, answers = await self._each(_REDIS.beat, (self.lease, self._works), runs.items())
+        _, answers = await self._each(_Redis.beat, (self.lease, self._works), runs.items())
         for (id, token), answer in zip(runs.items(), answers, strict=True):
             if answer < 0:
                 self._let_go(id, token)
@@ -5370,7 +5396,7 @@ class RedisStore:
             )
             for end in ended
         ]  # fmt: skip
-        _, answers = await self._each(_REDIS.settle, (self.keep,), items)
+        _, answers = await self._each(_Redis.settle, (self.keep,), items)
         for end in ended:
             self._let_go(end.id, end.token)
         return answers
@@ -5382,18 +5408,18 @@ class RedisStore:
         if id is not None:
             self._unanswered.add(id)  # until there is an answer
         while more:
-            more, some = await self._facts(_REDIS.cancel, self.keep, job, id or "", first, repeated, _Stop.CANCEL)
+            more, some = await self._facts(_Redis.cancel, self.keep, job, id or "", first, repeated, _Stop.CANCEL)
             found.update((run, Cancelled(signalled, int(at))) for run, signalled, at in some)
             first = False
         self._unanswered.discard(id or "")
         return found
 
     async def find(self, id: str, watch: bool = False) -> Row | None:
-        (row,) = await self._facts(_REDIS.find, id, watch)
+        (row,) = await self._facts(_Redis.find, id, watch)
         return _redis_row(row) if row else None
 
     async def overview(self, n: int) -> Overview:
-        now, jobs, running, *lists = await self._facts(_REDIS.overview, n)
+        now, jobs, running, *lists = await self._facts(_Redis.overview, n)
         lasts, schedules, timeouts = (dict(zip(flat[::2], flat[1::2], strict=True)) for flat in map(list[str], jobs))
         listed = [
             Standing(job, int(last), schedules.get(job, ""), int(timeouts.get(job) or 0) or None)
@@ -5625,8 +5651,9 @@ class Registry:
             ScheduleError: an argument is wrong, the function can't be a job, or the name is taken.
         """
         settings = _Settings(
-            every, cron, after, tz, name, args, immediate, jitter, parallelism, overlap,
-            expires, timeout, retries, retry_delay, retry_on, on_error, on_crash,
+            every=every, cron=cron, after=after, tz=tz, name=name, args=args, immediate=immediate, jitter=jitter,
+            parallelism=parallelism, overlap=overlap, expires=expires, timeout=timeout, retries=retries,
+            retry_delay=retry_delay, retry_on=retry_on, on_error=on_error, on_crash=on_crash,
         )  # fmt: skip
         return functools.partial(self._add, settings) if function is None else self._add(settings, function)
 
@@ -6091,6 +6118,8 @@ async def _client(registry: Registry, url: str, new: bool = False) -> AsyncGener
 
 async def _submit_command(options: Any) -> None:
     """Submit one run of a job, to whoever runs it with the same store; print its id, or with --wait its result."""
+    import difflib
+
     registry = _load(options.targets)
     job = registry.jobs.get(options.job)
     if job is None:
@@ -6200,8 +6229,6 @@ def _module_of(path: str) -> str:
 
 def _print_traceback(error: BaseException) -> None:
     """The traceback of somebody else's error, without our own lines in it."""
-    import traceback
-
     ours = (_load.__code__.co_filename, importlib.__file__)
     shown = traceback.TracebackException.from_exception(error)
     theirs = [line for line in shown.stack if line.filename not in ours and "<frozen " not in line.filename]

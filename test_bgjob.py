@@ -1962,15 +1962,15 @@ class TestEdges:
             begun.append(1)
 
         async def main() -> None:
-            async with driven(registry) as engine:
-                admit = engine._admit
+            async with driven(registry):
+                with pytest.MonkeyPatch.context() as patch:
 
-                def once() -> None:
-                    engine._admit = admit
-                    raise RuntimeError
+                    def once(_: object) -> None:
+                        patch.undo()
+                        raise RuntimeError
 
-                engine._admit = once
-                await asyncio.sleep(60)
+                    patch.setattr(bgjob._Engine, "_admit", once)
+                    await asyncio.sleep(60)
 
         with suppress_logging():
             virtually(main())
@@ -5419,7 +5419,7 @@ async def opened(store: bgjob.RedisStore, owner: str = "me") -> AsyncIterator[bg
 
 def script_of(verb: str) -> bytes:
     """How a call of a verb's script begins, the first apart, which brings its text."""
-    text = bgjob._REDIS_PRELUDE + getattr(bgjob._REDIS, verb)
+    text = bgjob._REDIS_PRELUDE + getattr(bgjob._Redis, verb)
     return hashlib.sha1(text.encode()).hexdigest().encode()
 
 
