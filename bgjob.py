@@ -2765,9 +2765,11 @@ class _SharedLane(_Lane):
         if self.then is not None and self.then <= now and not every_one:
             self.missed = self.at if self.missed is None else self.missed
             self.move((_newest(cast(_Schedule, spec.schedule), self.at, now) or self.at) - 1)
-        upto = spec.jitter if self.then is None else min(spec.jitter, self.then - self.at)
-        delay = _spread(_tick_id(spec.name, self.at), upto) if upto else 0
-        free = max(0, spec.parallelism - self.busy)
+        delay = 0
+        if spec.jitter:
+            upto = spec.jitter if self.then is None else min(spec.jitter, self.then - self.at)
+            delay = _spread(_tick_id(spec.name, self.at), upto)
+        free = spec.parallelism - self.busy
         return Tick(spec.name, self.at, delay, self.limit, every_one, free, spec.parallelism)
 
 
@@ -3402,7 +3404,7 @@ def _owner_name(entropy: int) -> str:
 # one: it must pass the conformance tests against a real server in CI.
 
 _LOG = 16 << 20  # bytes of SQLite's log that are cut off
-_GLANCE = 2.0  # s between two looks whether other processes wrote to an SQLite file
+_GLANCE = 5.0  # s between two looks whether other processes wrote to an SQLite file
 _VERB_LIMIT = 4.0  # s that one verb may take, or a quarter of the lease: less than whoever submits waits
 
 
@@ -3443,12 +3445,12 @@ def _decide(tick: Tick, now: int, last: int, unfinished: int, busy: int, waiting
         return Answer(tick, "early", last)
     if unfinished >= tick.limit:
         return Answer(tick, "full" if tick.hold else "skipped", last)
-    if tick.delay or waiting or not tick.free or busy >= tick.parallelism:
+    if tick.delay or waiting or tick.free <= 0 or busy >= tick.parallelism:
         return Answer(tick, "won", tick.at)
     return Answer(tick, "won", tick.at, Claimed(tick.id, tick.job, tick.at, False, "", 1, 0, 1, False))
 
 
-_SQLITE_ROW = """id, job, CASE WHEN owner IS NOT NULL AND due > ?1 THEN 'running' ELSE 'scheduled' END, at, due, args,
+_SQLITE_ROW = """id, job, CASE WHEN owner IS NOT NULL AND due > ? THEN 'running' ELSE 'scheduled' END, at, due, args,
     tries, token, owner, since, NULL, error, NULL, NULL"""
 _SQLITE_PAST = "id, job, state, at, finished, args, attempt, token, owner, since, finished, error, reason, result"
 
@@ -3474,77 +3476,64 @@ class _SQLiteStatements(_Statements):
           error TEXT, reason TEXT, result TEXT) WITHOUT ROWID;
         CREATE INDEX IF NOT EXISTS bgjob_past_finished ON bgjob_past(finished);
         CREATE TABLE IF NOT EXISTS bgjob_peer(owner TEXT PRIMARY KEY, port INTEGER NOT NULL, seen INTEGER NOT NULL);"""
-    enlist: str = """INSERT INTO bgjob_tick(job, last, schedule, timeout) VALUES(?1, ?2, ?3, ?4) ON CONFLICT(job)
-        DO UPDATE SET last = CASE WHEN schedule = ?3 THEN last ELSE ?2 END, schedule = ?3, timeout = ?4"""
-    last: str = "SELECT job, last FROM bgjob_tick WHERE job IN (SELECT value FROM json_each(?1))"
+    enlist: str = """INSERT INTO bgjob_tick(job, last, schedule, timeout) VALUES(?, ?, ?, ?) ON CONFLICT(job)
+        DO UPDATE SET last = CASE WHEN schedule = excluded.schedule THEN last ELSE excluded.last END,
+        schedule = excluded.schedule, timeout = excluded.timeout"""
+    last: str = "SELECT job, last FROM bgjob_tick WHERE job IN (SELECT value FROM json_each(?))"
+    # how far the others have gone with the ticks that are asked for: the least and the most
+    ahead: str = """SELECT min(ifnull(last, 0) - value), max(ifnull(last, 0) - value)
+        FROM json_each(?) LEFT JOIN bgjob_tick ON job = key"""
     # "+due" keeps the planner off bgjob_due: it would walk over all that waits
     facts: str = """SELECT t.job, t.last, (SELECT count(*) FROM bgjob_run r WHERE r.job = t.job AND r.call = 0),
-        (SELECT count(*) FROM bgjob_run r WHERE r.job = t.job AND r.owner IS NOT NULL AND +r.due > ?2),
-        EXISTS(SELECT 1 FROM bgjob_run r WHERE r.job = t.job AND r.due <= ?2)
-        FROM bgjob_tick t WHERE t.job IN (SELECT value FROM json_each(?1))"""
-    handed_out: str = "UPDATE bgjob_tick SET last = ?2 WHERE job = ?1"
+        (SELECT count(*) FROM bgjob_run r WHERE r.job = t.job AND r.owner IS NOT NULL AND +r.due > ?),
+        EXISTS(SELECT 1 FROM bgjob_run r WHERE r.job = t.job AND r.due <= ?)
+        FROM bgjob_tick t WHERE t.job IN (SELECT value FROM json_each(?))"""
+    handed_out: str = "UPDATE bgjob_tick SET last = ? WHERE job = ?"
     won: str = """INSERT INTO bgjob_run(id, job, due, at, call, tries, token, owner, since)
-        VALUES(?1, ?2, ?3, ?4, 0, ?5, ?5, ?6, ?7) ON CONFLICT DO NOTHING"""
-    mine: str = "SELECT id FROM bgjob_run WHERE owner = ?1 AND since = ?2 AND token = 1"
+        VALUES(?, ?, ?, ?, 0, ?, ?, ?, ?) ON CONFLICT DO NOTHING"""
+    mine: str = "SELECT id FROM bgjob_run WHERE owner = ? AND since = ? AND token = 1"
     push: str = """INSERT INTO bgjob_run(id, job, due, at, call, args, token)
-        SELECT ?1, ?2, ?3, ?3, 1, ?4, ifnull((SELECT token FROM bgjob_past WHERE id = ?1), 0) WHERE NOT EXISTS(
-        SELECT 1 FROM bgjob_past WHERE id = ?1 AND state IN ('succeeded', 'failed') AND finished > ?5)
-        ON CONFLICT DO NOTHING"""
+        SELECT c.id, c.job, c.at, c.at, 1, c.args, ifnull(p.token, 0)
+        FROM (SELECT ? AS id, ? AS job, ? AS at, ? AS args) c LEFT JOIN bgjob_past p ON p.id = c.id
+        WHERE p.id IS NULL OR p.state NOT IN ('succeeded', 'failed') OR p.finished <= ? ON CONFLICT DO NOTHING"""
     # two seeks a job: no job blocks another's head of line
-    heads: str = """SELECT j.value, EXISTS(SELECT 1 FROM bgjob_run WHERE job = j.value AND due <= ?2),
-        (SELECT min(due) FROM bgjob_run WHERE job = j.value AND due > ?2) FROM json_each(?1) j"""
-    flagged: str = "SELECT id FROM bgjob_run WHERE owner = ?1 AND cancel = 1"
-    busy: str = "SELECT count(*) FROM bgjob_run WHERE job = ?1 AND owner IS NOT NULL AND +due > ?2"
-    claim: str = """UPDATE bgjob_run SET owner = ?4, due = ?5, since = ?2, token = token + 1, tries = tries + 1,
+    heads: str = """SELECT j.value, EXISTS(SELECT 1 FROM bgjob_run WHERE job = j.value AND due <= ?),
+        (SELECT min(due) FROM bgjob_run WHERE job = j.value AND due > ?) FROM json_each(?) j"""
+    flagged: str = "SELECT id FROM bgjob_run WHERE owner = ? AND cancel = 1"
+    busy: str = "SELECT count(*) FROM bgjob_run WHERE job = ? AND owner IS NOT NULL AND +due > ?"
+    claim: str = """UPDATE bgjob_run SET owner = ?, due = ?, since = ?, token = token + 1, tries = tries + 1,
         lost = lost + (owner IS NOT NULL) WHERE id IN (
-        SELECT id FROM bgjob_run WHERE job = ?1 AND due <= ?2 ORDER BY due, id LIMIT ?3)
+        SELECT id FROM bgjob_run WHERE job = ? AND due <= ? ORDER BY due, id LIMIT ?)
         RETURNING id, job, at, call, args, tries, lost, token, cancel"""
-    beat: str = "UPDATE bgjob_run SET due = ?3 WHERE id = ?1 AND token = ?2 RETURNING cancel"
-    again: str = """UPDATE bgjob_run SET due = ?3, owner = NULL, tries = tries - ?4, error = ?5
-        WHERE id = ?1 AND token = ?2 AND cancel = 0"""
-    finish: str = "DELETE FROM bgjob_run WHERE id = ?1 AND token = ?2 RETURNING args, owner, since, awaited"
-    finish_plain: str = """DELETE FROM bgjob_run WHERE id IN (SELECT value FROM json_each(?1)) AND owner = ?2
+    beat: str = "UPDATE bgjob_run SET due = ? WHERE id = ? AND token = ? RETURNING cancel"
+    again: str = """UPDATE bgjob_run SET due = ?, owner = NULL, tries = tries - ?, error = ?
+        WHERE id = ? AND token = ? AND cancel = 0"""
+    finish: str = "DELETE FROM bgjob_run WHERE id = ? AND token = ? RETURNING args, owner, since, awaited"
+    finish_plain: str = """DELETE FROM bgjob_run WHERE id IN (SELECT value FROM json_each(?)) AND owner = ?
         AND awaited = 0 RETURNING id"""
     remember: str = """INSERT OR REPLACE INTO bgjob_past(id, job, state, at, args, attempt, token, owner, since,
-        finished, error, reason, result) VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)"""
+        finished, error, reason, result) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
     prune: str = """DELETE FROM bgjob_past WHERE id IN (
-        SELECT id FROM bgjob_past WHERE finished <= ?1 ORDER BY finished LIMIT ?2)"""
+        SELECT id FROM bgjob_past WHERE finished <= ? ORDER BY finished LIMIT ?)"""
     signal: str = """UPDATE bgjob_run SET cancel = 1
-        WHERE job = ?1 AND id = ifnull(?2, id) AND owner IS NOT NULL AND +due > ?3 RETURNING id, at"""
+        WHERE job = ? AND id = ifnull(?, id) AND owner IS NOT NULL AND +due > ? RETURNING id, at"""
     remove: str = """DELETE FROM bgjob_run WHERE id IN (
-        SELECT id FROM bgjob_run WHERE id = ?2 AND job = ?1 AND (owner IS NULL OR due <= ?3) UNION ALL
-        SELECT id FROM bgjob_run WHERE ?2 IS NULL AND job = ?1 AND (owner IS NULL OR due <= ?3) LIMIT 1000)
+        SELECT id FROM bgjob_run WHERE id = ? AND job = ? AND (owner IS NULL OR due <= ?) UNION ALL
+        SELECT id FROM bgjob_run WHERE ? IS NULL AND job = ? AND (owner IS NULL OR due <= ?) LIMIT 1000)
         RETURNING id, job, at, args, tries, token, owner, since, error"""
-    find: str = f"SELECT {_SQLITE_ROW}, awaited FROM bgjob_run WHERE id = ?2"
-    find_past: str = f"SELECT {_SQLITE_PAST} FROM bgjob_past WHERE id = ?1"
+    find: str = f"SELECT {_SQLITE_ROW}, awaited FROM bgjob_run WHERE id = ?"
+    find_past: str = f"SELECT {_SQLITE_PAST} FROM bgjob_past WHERE id = ?"
     jobs: str = "SELECT job, last, schedule, timeout FROM bgjob_tick ORDER BY job"
-    running: str = f"SELECT {_SQLITE_ROW} FROM bgjob_run WHERE owner IS NOT NULL AND +due > ?1 AND ?2 ORDER BY since"
-    due: str = f"SELECT {_SQLITE_ROW} FROM bgjob_run WHERE tries = 0 ORDER BY due, id LIMIT ?2"
-    retrying: str = f"""SELECT {_SQLITE_ROW} FROM bgjob_run WHERE tries > 0 AND (owner IS NULL OR due <= ?1)
-        ORDER BY due, id LIMIT ?2"""
-    failed: str = f"""SELECT {_SQLITE_PAST} FROM bgjob_past WHERE state = 'failed' AND finished <= ?1
-        ORDER BY finished DESC LIMIT ?2"""
-    watch: str = "UPDATE bgjob_run SET awaited = 1 WHERE id = ?1"
-    peers: str = "SELECT owner, port FROM bgjob_peer WHERE owner <> ?1"
-    here: str = "INSERT OR REPLACE INTO bgjob_peer(owner, port, seen) VALUES(?1, ?2, ?3)"
-    gone: str = "DELETE FROM bgjob_peer WHERE owner = ?1 OR seen < ?2"
-
-
-class _Numbered:
-    """An SQLite connection that takes the parameters of ?1, ?2 … in their order; sqlite3 wants them by name."""
-
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
-        self.close = db.close
-
-    def execute(self, sql: str, parameters: Sequence[object] = ()) -> sqlite3.Cursor:
-        return self._db.execute(sql, dict(zip(_NUMBERS, parameters, strict=False)))
-
-    def executemany(self, sql: str, rows: Iterable[Sequence[object]]) -> sqlite3.Cursor:
-        return self._db.executemany(sql, [dict(zip(_NUMBERS, row, strict=False)) for row in rows])
-
-
-_NUMBERS = tuple(map(str, range(1, 14)))
+    running: str = f"SELECT {_SQLITE_ROW} FROM bgjob_run WHERE owner IS NOT NULL AND +due > ? ORDER BY since"
+    due: str = f"SELECT {_SQLITE_ROW} FROM bgjob_run WHERE tries = 0 ORDER BY due, id LIMIT ?"
+    retrying: str = f"""SELECT {_SQLITE_ROW} FROM bgjob_run WHERE tries > 0 AND (owner IS NULL OR due <= ?)
+        ORDER BY due, id LIMIT ?"""
+    failed: str = f"""SELECT {_SQLITE_PAST} FROM bgjob_past WHERE state = 'failed'
+        ORDER BY finished DESC LIMIT ?"""
+    watch: str = "UPDATE bgjob_run SET awaited = 1 WHERE id = ?"
+    peers: str = "SELECT owner, port FROM bgjob_peer WHERE owner <> ?"
+    here: str = "INSERT OR REPLACE INTO bgjob_peer(owner, port, seen) VALUES(?, ?, ?)"
+    gone: str = "DELETE FROM bgjob_peer WHERE owner = ? OR seen < ?"
 
 
 class SQLiteStore:
@@ -3582,7 +3571,7 @@ class SQLiteStore:
         self.keep: int = _duration("keep", keep, 1)
         self._prefix = _checked_prefix(prefix)
         self._sql = _SQLiteStatements(prefix)
-        self._db: _Numbered | None = None
+        self._db: sqlite3.Connection | None = None
         self._held: dict[str, int] = {}
         self._writes = 0
         self._fault: str | None = None
@@ -3631,7 +3620,7 @@ class SQLiteStore:
         if sqlite3.sqlite_version_info < (3, 35):
             raise StoreError(f"{self!r}: needs SQLite 3.35, Python has {sqlite3.sqlite_version} here")
         try:
-            self._db = _Numbered(sqlite3.connect(self._file, timeout=0, isolation_level=None, cached_statements=64))
+            self._db = sqlite3.connect(self._file, timeout=0, isolation_level=None, cached_statements=64)
             (mode,) = (await self._retry("PRAGMA journal_mode = WAL")).fetchone()
             if mode != "wal":
                 raise StoreError(f"{self!r}: no write-ahead log is possible there (journal_mode is {mode!r})")
@@ -3709,16 +3698,16 @@ class SQLiteStore:
         import sqlite3
 
         try:
-            cast(_Numbered, self._db).execute("BEGIN IMMEDIATE")
+            cast("sqlite3.Connection", self._db).execute("BEGIN IMMEDIATE")
         except sqlite3.Error:
             return False
         return True
 
     @contextmanager
-    def _transaction(self) -> Generator[_Numbered, None, None]:
+    def _transaction(self) -> Generator[sqlite3.Connection, None, None]:
         import sqlite3
 
-        db = cast(_Numbered, self._db)
+        db = cast("sqlite3.Connection", self._db)
         try:
             yield db
             db.execute("COMMIT")
@@ -3753,7 +3742,7 @@ class SQLiteStore:
     # Hints
 
     def _data_version(self) -> int:
-        return int(cast(_Numbered, self._db).execute("PRAGMA data_version").fetchone()[0])
+        return int(cast("sqlite3.Connection", self._db).execute("PRAGMA data_version").fetchone()[0])
 
     def _look(self) -> None:
         """Did another process write, so that something may be due? It rings as well; this is in case the bell isn't
@@ -3798,7 +3787,7 @@ class SQLiteStore:
             for owner, port in self._db.execute(self._sql.peers, (self._owner,)).fetchall():
                 self._bell.sendto(owner.encode(), ("127.0.0.1", port))
 
-    def _sign_in(self, db: _Numbered, now: int) -> None:
+    def _sign_in(self, db: sqlite3.Connection, now: int) -> None:
         """Say where we can be rung; forget those who haven't for long."""
         if self._bell is not None:
             port = self._bell.get_extra_info("sockname")[1]
@@ -3809,7 +3798,8 @@ class SQLiteStore:
         """The thread: checkpoints, and beats where the loop is late with them."""
         while not self._stopped:
             # Now and then in any case: a few large runs make the log long without stirring, and a checkpoint gives way.
-            stirred = self._stir.wait(min(5.0, self.lease / 6000))
+            late_in = self._beaten + self.lease / 2000 - self._loop.time()
+            stirred = self._stir.wait(min(10.0, max(late_in, self.lease / 20_000)))
             self._stir.clear()
             if not (stirred or self._log_is_long() or self._is_late()):
                 continue
@@ -3826,14 +3816,14 @@ class SQLiteStore:
         from pathlib import Path
 
         file = f"{Path(self._file).as_uri()}?mode=rw"  # or the file would come back after it was deleted
-        with closing(_Numbered(sqlite3.connect(file, uri=True, timeout=self.lease / 4000, isolation_level=None))) as db:
+        with closing(sqlite3.connect(file, uri=True, timeout=self.lease / 4000, isolation_level=None)) as db:
             db.execute("PRAGMA synchronous = NORMAL")
             asked = self._loop.time()
             if self._is_late():
                 db.execute("BEGIN IMMEDIATE")
                 due = _wall_ms() + self.lease
                 for id, token in self._held.copy().items():
-                    db.execute(self._sql.beat, (id, token, due)).fetchall()
+                    db.execute(self._sql.beat, (due, id, token)).fetchall()
                 db.execute("COMMIT")
                 self._beaten = asked
             # A passive one never blocks, but ends only where nobody writes: a log that has grown is cut off.
@@ -3848,27 +3838,30 @@ class SQLiteStore:
             known = dict(db.execute(self._sql.last, (names,)).fetchall())
             db.executemany(self._sql.enlist, [(job, now, one.schedule, one.timeout) for job, one in jobs.items()])
             fresh = [job for job, one in jobs.items() if one.immediate and job not in known]
-            db.executemany(self._sql.won, [(_tick_id(job, now), job, now, now, 0, None, None) for job in fresh])
+            db.executemany(self._sql.won, [(_tick_id(job, now), job, now, now, 0, 0, None, None) for job in fresh])
             return now, dict(db.execute(self._sql.last, (names,)).fetchall())
 
     async def tick(self, ticks: Sequence[Tick]) -> tuple[int, Sequence[Answer]]:
-        names = _dumps([tick.job for tick in ticks])
-        pause = 0.001
-        while True:
-            last = dict((await self._patiently(self._sql.last, (names,))).fetchall())
-            if all(last.get(tick.job, 0) >= tick.at for tick in ticks):  # most often: another instance was first
-                return _wall_ms(), [Answer(tick, "lost", last[tick.job]) for tick in ticks]
-            if pause > 0.01 or self._begin_at_once():
+        names, asked = _dumps([tick.job for tick in ticks]), _dumps({tick.job: tick.at for tick in ticks})
+        pause = 0.001 + 2e-5 * len(ticks)
+        for _ in range(4):
+            least, most = (await self._patiently(self._sql.ahead, (asked,))).fetchone()
+            if least >= 0:  # most often: another instance was first
+                last = dict((await self._patiently(self._sql.last, (names,))).fetchall()) if most else {}
+                return _wall_ms(), [Answer(tick, "lost", last.get(tick.job, tick.at)) for tick in ticks]
+            if self._begin_at_once():
+                now = _wall_ms()
                 break
             await asyncio.sleep(pause)  # it is being first
             pause *= 2
-        now = await self._begin() if pause > 0.01 else _wall_ms()
+        else:
+            now = await self._begin()
         with self._transaction() as db:
-            facts = {job: fact for job, *fact in db.execute(self._sql.facts, (names, now))}
+            facts = {job: fact for job, *fact in db.execute(self._sql.facts, (now, now, names))}
             if len(facts) < len(ticks):
                 raise Unreachable(f"{self!r}: its jobs were deleted")
             decided = [_decide(tick, now, *facts[tick.job]) for tick in ticks]
-            gone = [(a.tick.job, a.tick.at) for a in decided if a.word in ("won", "skipped")]
+            gone = [(a.tick.at, a.tick.job) for a in decided if a.word in ("won", "skipped")]
             db.executemany(self._sql.handed_out, gone)
             won = [answer for answer in decided if answer.word == "won"]
             count = db.executemany(self._sql.won, [self._new_run(answer, now) for answer in won]).rowcount
@@ -3881,8 +3874,8 @@ class SQLiteStore:
     def _new_run(self, answer: Answer, now: int) -> tuple[object, ...]:
         tick = answer.tick
         if answer.run is None:
-            return tick.id, tick.job, tick.at + tick.delay, tick.at, 0, None, None
-        return answer.run.id, tick.job, now + self.lease, tick.at, 1, self._owner, now
+            return tick.id, tick.job, tick.at + tick.delay, tick.at, 0, 0, None, None
+        return answer.run.id, tick.job, now + self.lease, tick.at, 1, 1, self._owner, now
 
     async def push(self, calls: Sequence[Call], wake: bool) -> Sequence[int | None]:
         if len(calls) == 1:  # a transaction by itself, which saves a fifth
@@ -3899,14 +3892,14 @@ class SQLiteStore:
             self._wake_others()
         return stored
 
-    def _push_one(self, db: _Numbered, call: Call, now: int) -> int | None:
+    def _push_one(self, db: sqlite3.Connection, call: Call, now: int) -> int | None:
         at = now + call.delay if call.at is None else call.at
         new = db.execute(self._sql.push, (call.id, call.job, at, call.args, now - self.keep)).rowcount
         return at if new else None
 
     async def claim(self, free: Mapping[str, tuple[int, int]]) -> News:
         now = _wall_ms()
-        heads = (await self._patiently(self._sql.heads, (_dumps([*free]), now))).fetchall()
+        heads = (await self._patiently(self._sql.heads, (now, now, _dumps([*free])))).fetchall()
         flagged = [id for (id,) in await self._patiently(self._sql.flagged, (self._owner,))]
         next_due = min((later for _, _, later in heads if later is not None), default=None)
         jobs = [job for job, due, _ in heads if due]
@@ -3918,12 +3911,12 @@ class SQLiteStore:
         self._held.update((run.id, run.token) for run in runs)
         return News(now, runs, next_due, flagged)
 
-    def _claim_of(self, db: _Numbered, job: str, free: int, parallelism: int, now: int) -> list[Claimed]:
+    def _claim_of(self, db: sqlite3.Connection, job: str, free: int, parallelism: int, now: int) -> list[Claimed]:
         (busy,) = db.execute(self._sql.busy, (job, now)).fetchone()
         n = min(free, parallelism - busy)
         if n <= 0:
             return []
-        rows = db.execute(self._sql.claim, (job, now, n, self._owner, now + self.lease)).fetchall()
+        rows = db.execute(self._sql.claim, (self._owner, now + self.lease, now, job, now, n)).fetchall()
         return sorted((Claimed(*row) for row in rows), key=lambda run: (run.at, run.id))
 
     async def beat(self, runs: Mapping[str, int]) -> Mapping[str, bool]:
@@ -3931,7 +3924,7 @@ class SQLiteStore:
         now = await self._begin()
         due = now + self.lease
         with self._transaction() as db:
-            found = {id: db.execute(self._sql.beat, (id, token, due)).fetchone() for id, token in runs.items()}
+            found = {id: db.execute(self._sql.beat, (due, id, token)).fetchone() for id, token in runs.items()}
             self._sign_in(db, now)
         for id in [id for id, row in found.items() if row is None]:
             self._held.pop(id, None)
@@ -3953,11 +3946,11 @@ class SQLiteStore:
     def _owns(self, end: Settlement) -> bool:
         return self._held.get(end.id) == end.token
 
-    def _settle_one(self, db: _Numbered, end: Settlement, now: int) -> _Settled:
+    def _settle_one(self, db: sqlite3.Connection, end: Settlement, now: int) -> _Settled:
         state, reason = end.state, end.reason
         if state is _SCHEDULED:
             due = end.at if end.back else now + end.delay
-            if db.execute(self._sql.again, (end.id, end.token, due, end.back, end.error)).rowcount:
+            if db.execute(self._sql.again, (due, end.back, end.error, end.id, end.token)).rowcount:
                 return "done"
             state, reason = _CANCELLED, _Stop.CANCEL
         row = db.execute(self._sql.finish, (end.id, end.token)).fetchone()
@@ -3979,7 +3972,7 @@ class SQLiteStore:
             with self._transaction() as db:
                 for run, at in db.execute(self._sql.signal, (job, id, now)).fetchall():
                     found[run] = Cancelled(True, at)
-                removed = db.execute(self._sql.remove, (job, id, now)).fetchall()
+                removed = db.execute(self._sql.remove, (id, job, now, id, job, now)).fetchall()
                 for run, job, at, args, tries, token, owner, since, error in removed:
                     found[run] = Cancelled(False, at)
                     past = (run, job, _CANCELLED, at, args, tries, token, owner, since, now, error, _Stop.CANCEL, None)
@@ -4003,8 +3996,13 @@ class SQLiteStore:
         now, sql = _wall_ms(), self._sql
         jobs = [Standing(*row) for row in await self._patiently(sql.jobs)]
         lists = [
-            [_row(row) for row in await self._patiently(statement, (now, n))]
-            for statement in (sql.running, sql.due, sql.retrying, sql.failed)
+            [_row(row) for row in await self._patiently(*asked)]
+            for asked in (
+                (sql.running, (now, now)),
+                (sql.due, (now, n)),
+                (sql.retrying, (now, now, n)),
+                (sql.failed, (n,)),
+            )
         ]
         return Overview(now, jobs, *lists)
 

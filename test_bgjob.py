@@ -3656,9 +3656,9 @@ async def submit_until_refused(job: Job, runs: list[Run]) -> None:
 async def steps(store: SQLiteStore, verb: Awaitable[object]) -> int:
     """What SQLite does for a verb, counted: no clock tells it as well."""
     done: list[int] = []
-    store._db._db.set_progress_handler(lambda: done.append(1), 1)
+    store._db.set_progress_handler(lambda: done.append(1), 1)
     assert await verb
-    store._db._db.set_progress_handler(None, 0)
+    store._db.set_progress_handler(None, 0)
     return len(done)
 
 
