@@ -3878,24 +3878,20 @@ class SQLiteStore:
         return answer.run.id, tick.job, now + self.lease, tick.at, 1, 1, self._owner, now
 
     async def push(self, calls: Sequence[Call], wake: bool) -> Sequence[int | None]:
-        if len(calls) == 1:  # a transaction by itself, which saves a fifth
-            call, now = calls[0], _wall_ms()
-            at = now + call.delay if call.at is None else call.at
-            cursor = await self._patiently(self._sql.push, (call.id, call.job, at, call.args, now - self.keep))
-            stored = [at if cursor.rowcount else None]
+        alone = len(calls) == 1  # a transaction by itself, which saves a fifth
+        now = _wall_ms() if alone else await self._begin()
+        dues = [now + call.delay if call.at is None else call.at for call in calls]
+        rows = [(call.id, call.job, due, call.args, now - self.keep) for call, due in zip(calls, dues, strict=True)]
+        if alone:
+            new = [(await self._patiently(self._sql.push, rows[0])).rowcount]
             self._wrote()
         else:
-            now = await self._begin()
             with self._transaction() as db:
-                stored = [self._push_one(db, call, now) for call in calls]
-        if wake and any(at is not None and at <= now + self.poll for at in stored):
+                new = [db.execute(self._sql.push, row).rowcount for row in rows]
+        stored = [due if count else None for due, count in zip(dues, new, strict=True)]
+        if wake and any(due is not None and due <= now + self.poll for due in stored):
             self._wake_others()
         return stored
-
-    def _push_one(self, db: sqlite3.Connection, call: Call, now: int) -> int | None:
-        at = now + call.delay if call.at is None else call.at
-        new = db.execute(self._sql.push, (call.id, call.job, at, call.args, now - self.keep)).rowcount
-        return at if new else None
 
     async def claim(self, free: Mapping[str, tuple[int, int]]) -> News:
         now = _wall_ms()
