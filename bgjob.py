@@ -4505,7 +4505,7 @@ class PostgresStore:
         now = self._loop.time()
         if now < self._rung + _POSTGRES_RING:
             return False
-        self._rung = now
+        self._rung, self._unrung = now, False
         return True
 
     def _ring_later(self) -> None:
@@ -4515,10 +4515,11 @@ class PostgresStore:
 
     async def _ring(self) -> None:
         while self._unrung:
-            await asyncio.sleep(self._rung + _POSTGRES_RING - self._loop.time())
-            self._unrung, self._rung = False, self._loop.time()
-            with suppress(StoreError):
-                await self._do(lambda db: db.fetch(self._sql.ring, self._owner))
+            # Where submits go on, one of them rings by the way: a notification of its own is another commit.
+            await asyncio.sleep(self._rung + 1.5 * _POSTGRES_RING - self._loop.time())
+            if self._unrung and self._rings():
+                with suppress(StoreError):
+                    await self._do(lambda db: db.fetch(self._sql.ring, self._owner))
 
     # The verbs
 
