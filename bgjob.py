@@ -1962,6 +1962,7 @@ class _Engine:
         "_past",
         "_registry",
         "_retired",
+        "_returned",
         "_seq",
         "_thread",
         "_timer",
@@ -2006,6 +2007,7 @@ class _Engine:
         self._ids = _Ids(clock.entropy())
         self._idle: asyncio.Future[None] | None = None
         self._opening: asyncio.Task[object] | None = None
+        self._returned: WeakSet[threading.Thread] = WeakSet()
         self._closing = self._closed = False
 
     # Open and close
@@ -2119,6 +2121,8 @@ class _Engine:
                 await stage()
             except asyncio.CancelledError as error:
                 cancelled = error
+        for thread in list(self._returned):
+            thread.join(_GRACE)  # it has given its result, and only wants the interpreter once more to end
         self._registry._engine = None
         if cancelled is not None:
             raise cancelled
@@ -2443,6 +2447,7 @@ class _Engine:
         context = copy_context()
 
         def deliver(ended: Callable[[], object]) -> None:
+            self._returned.add(thread)
             if not future.done():
                 future.set_result(ended)
 
@@ -2454,7 +2459,8 @@ class _Engine:
             with suppress(RuntimeError):  # the loop was closed long ago: the drain named this thread when it gave it up
                 self.loop.call_soon_threadsafe(deliver, ended)
 
-        threading.Thread(target=work, name=f"bgjob {name}", daemon=True).start()
+        thread = threading.Thread(target=work, name=f"bgjob {name}", daemon=True)
+        thread.start()
         return future
 
     async def _after_failure(self, run: _Live, failed: _Outcome) -> _Outcome:
@@ -3601,7 +3607,8 @@ class SQLiteStore:
         self._stir, self._stopped = threading.Event(), False
         self._thread_ended = self._loop.create_future()
         self._beaten = self._loop.time()
-        threading.Thread(target=self._guard, name="bgjob sqlite", daemon=True).start()
+        self._thread = threading.Thread(target=self._guard, name="bgjob sqlite", daemon=True)
+        self._thread.start()
         self._bell: asyncio.DatagramTransport | None = None
         with suppress(OSError):  # a machine without IPv4: then the other instances poll
             self._bell, _ = await self._loop.create_datagram_endpoint(
@@ -3660,6 +3667,8 @@ class SQLiteStore:
         if self._bell is not None:
             self._bell.close()
         await asyncio.wait({self._thread_ended}, timeout=_GRACE)
+        if self._thread_ended.done():
+            self._thread.join(_GRACE)
         self._disconnect()
         self._opened = False
 
