@@ -1431,7 +1431,8 @@ class Job(Generic[P, C_co, R_co]):
         Args:
             delay: how long to wait; 0 is at once.
             key: the same key is the same run: submitted once, however often it is asked for. It stays taken while
-                the run is unfinished and for a day after it succeeded or failed; it is free at once when cancelled.
+                the run is unfinished and for a day after it succeeded or failed; it is free at once when cancelled
+                or skipped.
         """
         return Later(self, _duration("after", delay), None, key)
 
@@ -1915,7 +1916,7 @@ class _Past:
             traceback.clear_frames(
                 run._exception.__traceback__
             )  # it has been logged, and would hold the job's variables
-        if run.key is not None and run.state is not _CANCELLED:
+        if run.key is not None and run.state in (_SUCCEEDED, _FAILED):
             self._keyed[run.id] = run
             self._keys.append((now + _KEEP, run.id))
         else:

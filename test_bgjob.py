@@ -3029,6 +3029,21 @@ class TestConformance:
         assert work.args == [1, 6]
 
     @in_a_loop
+    async def test_key_of_a_skipped_run(self, url: str | None) -> None:
+        """A key is free when its run was skipped: what never ran was neither a success nor a failure."""
+        registry = Registry()
+
+        @registry.job(expires="1m")
+        async def work(n: int) -> int:
+            return n
+
+        async with going(url, registry):
+            late = await work.at(datetime.now(UTC) - timedelta(hours=1), key="k").submit(1)
+            with pytest.raises(RunCancelled, match="run 'work#k' was skipped: expired"):
+                await late.result(20)
+            assert await (await work.after(0, key="k").submit(2)).result(20) == 2
+
+    @in_a_loop
     async def test_key_over_instances(self, place: SQLitePlace) -> None:
         """A key that many instances submit at once is one run, and is taken after a restart as well."""
         work = Work()
