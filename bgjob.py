@@ -703,6 +703,8 @@ def _verdict(tries: int, lost: int, retries: int, on_crash: str) -> Literal["run
 
 def _retry_delay(value: RetryDelay) -> Callable[[int, str], int]:
     """`(number of the retry, from 1; text to spread by) -> ms`, from any form of `retry_delay`."""
+    if inspect.iscoroutinefunction(value):
+        raise ScheduleError(f"retry_delay={value!r}: nothing would await it; write a plain function")
     if callable(value):
         function = value
         return lambda retry, text: _duration("retry_delay", function(retry))
@@ -1339,8 +1341,8 @@ def _retryable(retry_on: RetryOn) -> Callable[[BaseException], bool]:
     if all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds):
         classes = cast(tuple[type[BaseException], ...], kinds)
         return lambda error: isinstance(error, classes)
-    if isinstance(retry_on, (tuple, type)) or not callable(retry_on):
-        raise ScheduleError(f"retry_on={retry_on!r}: write an exception class, a tuple of them, or a predicate")
+    if isinstance(retry_on, (tuple, type)) or not callable(retry_on) or _is_async(retry_on):
+        raise ScheduleError(f"retry_on={retry_on!r}: write an exception class, a tuple of them, or a plain predicate")
     return retry_on
 
 
@@ -1434,7 +1436,7 @@ class Job(Generic[P, C_co, R_co]):
                 the run is unfinished and for a day after it succeeded or failed; it is free at once when cancelled
                 or skipped.
         """
-        return Later(self, _duration("after", delay), None, key)
+        return Later(self, _duration(f"job {self.name!r}: after", delay), None, key)
 
     def at(self, when: datetime, *, key: str | None = None) -> Later[P, R_co]:
         """`await job.at(datetime(…)).submit(…)`: run it at an aware datetime; one in the past is at once.
@@ -1443,7 +1445,7 @@ class Job(Generic[P, C_co, R_co]):
             when: an aware datetime.
             key: as for `after`.
         """
-        return Later(self, 0, _to_ms("at", when), key)
+        return Later(self, 0, _to_ms(f"job {self.name!r}: at", when), key)
 
     async def cancel(self) -> int:
         """Cancel every scheduled and running run of this job; how many. Its next tick still fires.
@@ -1462,8 +1464,8 @@ class Job(Generic[P, C_co, R_co]):
                 are shown on the grid of the Unix epoch, as with a shared store.
         """
         schedule = self._spec.schedule
-        after = _wall_ms() if start is None else _to_ms("start", start)
-        if schedule is None or not _int("n", n, 0):
+        after = _wall_ms() if start is None else _to_ms(f"job {self.name!r}: start", start)
+        if not _int(f"job {self.name!r}: n", n, 0) or schedule is None:
             return []
         zone = schedule.zone if isinstance(schedule, _Cron) else UTC
         ticks = itertools.takewhile(_LAST.__gt__, itertools.islice(schedule.ticks(after), n))

@@ -1094,6 +1094,9 @@ class TestRetries:
         assert len(begun) == 11
 
 
+async def nothing(*_: object) -> None: ...
+
+
 class TestDeclarations:
     WRONG = (
         ({"every": "5x"}, "job 'f': every='5x': not a duration; write seconds (90), a timedelta, or text such as '30s' or '1h30m'"),
@@ -1116,8 +1119,10 @@ class TestDeclarations:
         ({"retries": -1}, "job 'f': retries=-1: write a whole number, 0 or more"),
         ({"retries": 1.5}, "job 'f': retries=1.5: write a whole number, 0 or more"),
         ({"retry_delay": "5m..1s"}, "job 'f': retry_delay='5m..1s': begins longer than it ends; write '1s..5m'"),
-        ({"retry_on": 5}, "job 'f': retry_on=5: write an exception class, a tuple of them, or a predicate"),
-        ({"retry_on": int}, "job 'f': retry_on=<class 'int'>: write an exception class, a tuple of them, or a predicate"),
+        ({"retry_on": 5}, "job 'f': retry_on=5: write an exception class, a tuple of them, or a plain predicate"),
+        ({"retry_on": int}, "job 'f': retry_on=<class 'int'>: write an exception class, a tuple of them, or a plain predicate"),
+        ({"retry_on": nothing}, f"job 'f': retry_on={nothing!r}: write an exception class, a tuple of them, or a plain predicate"),
+        ({"retry_delay": nothing}, f"job 'f': retry_delay={nothing!r}: nothing would await it; write a plain function"),
         ({"on_error": 5}, "job 'f': on_error=5: not callable; pass a function of (run, exception)"),
         ({"on_crash": "retry"}, "job 'f': on_crash='retry': write 'rerun' or 'drop'"),
         ({"timeout": 0}, "job 'f': timeout=0: too short; write a duration of at least 1 ms, for instance '30s'"),
@@ -1138,6 +1143,19 @@ class TestDeclarations:
         with pytest.raises(ScheduleError) as caught:
             Registry().job(**keywords)(f)
         assert str(caught.value) == message
+
+    def test_messages_of_calls(self) -> None:
+        """What is wrong about a call of a job is told with the job's name, too."""
+        job = Registry().job(nothing)
+        for call, message in (
+            (lambda: job.after("soon"), "job 'nothing': after='soon': not a duration"),
+            (lambda: job.after(0, key=""), "job 'nothing': key='': write printable text"),
+            (lambda: job.at(datetime(2026, 1, 1)), "job 'nothing': at=datetime.*: needs an aware datetime"),
+            (lambda: job.next_ticks(start=5), "job 'nothing': start=5: needs an aware datetime"),
+            (lambda: job.next_ticks(-1), "job 'nothing': n=-1: write a whole number, 0 or more"),
+        ):
+            with pytest.raises(ScheduleError, match=message):
+                call()
 
     def test_callables(self) -> None:
         """A callable that isn't hashable is a job, no factory; names are text; Depends can't fill by position."""
