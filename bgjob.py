@@ -521,7 +521,10 @@ def _zone(tz: object) -> tzinfo:
     if tz == "local":
         return _Local()
     if isinstance(tz, tzinfo):
-        _reading(0, tz)  # the error of an unfinished tzinfo shows here, not as a schedule that never matches
+        try:
+            _reading(0, tz)  # an unfinished tzinfo shows here, not as a schedule that never matches
+        except Exception as error:
+            raise ScheduleError(f"tz={tz!r}: gives no offset from UTC ({error}); write an IANA name") from error
         return tz
     if not isinstance(tz, str):
         raise ScheduleError(f"tz={tz!r}: must be an IANA name such as 'Europe/Rome', 'local' or a tzinfo")
@@ -964,7 +967,7 @@ def Depends(factory: Factory, scope: Scope = "run") -> object:
     """
     if not callable(factory):
         raise ScheduleError(f"Depends({factory!r}): not callable; pass the factory itself, without calling it")
-    if getattr(factory, "__hash__", None) is None:
+    if type(factory).__hash__ is None:
         raise ScheduleError(f"Depends({factory!r}): not hashable, so it couldn't be overridden; wrap it in a function")
     if scope not in ("run", "app"):
         raise ScheduleError(f"Depends({_name_of(factory)}, scope={scope!r}): write 'run' or 'app'")
@@ -975,8 +978,13 @@ def _name_of(function: object) -> str:
     return str(getattr(function, "__name__", None) or repr(function))
 
 
+def _is(kind: Callable[[object], bool], function: Factory) -> bool:
+    """Whether a function, or what makes an object callable, is of a kind that inspect knows."""
+    return kind(function) or kind(type(function).__call__)
+
+
 def _is_async(function: Factory) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+    return _is(inspect.iscoroutinefunction, function)
 
 
 class _Plan:
@@ -1016,6 +1024,8 @@ def _signature(function: Factory) -> inspect.Signature:
     try:
         return inspect.signature(function)
     except (TypeError, ValueError):  # some built-ins have none
+        if isinstance(function, type):
+            return inspect.Signature()  # dict, str, int: a factory of empty ones
         raise ScheduleError(f"{function!r}: its parameters can't be read; wrap it in a function of your own") from None
 
 
@@ -1065,12 +1075,12 @@ class _Resolver:
 
     async def _make(self, factory: Factory) -> object:
         made = factory(**await self.fill(_Plan(factory).needs))
-        if inspect.isasyncgenfunction(factory):
+        if _is(inspect.isasyncgenfunction, factory):
             opened = asynccontextmanager(lambda: cast(AsyncGenerator[object], made))()
             value = await opened.__aenter__()
             self._stack.push_async_exit(_leaving(made, opened.__aexit__))
             return value
-        if inspect.isgeneratorfunction(factory):
+        if _is(inspect.isgeneratorfunction, factory):
             held = contextmanager(lambda: cast("Generator[object, None, None]", made))()
             value = held.__enter__()
             self._stack.push_async_exit(_leaving(made, held.__exit__))
@@ -1349,12 +1359,12 @@ def _retryable(retry_on: RetryOn) -> Callable[[BaseException], bool]:
 def _check_function(function: object) -> None:
     """Refuse what can't be run as a job, and say what can."""
     remedy = "decorate an async function or a plain one"
-    if isinstance(function, type):
-        raise ScheduleError(f"{function!r} is a class; {remedy}")
-    if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
-        raise ScheduleError(f"{_name_of(function)!r} is a generator: nothing would iterate over it; {remedy}")
     if not callable(function):
         raise ScheduleError(f"{function!r} can't be called; {remedy}")
+    if isinstance(function, type):
+        raise ScheduleError(f"{function!r} is a class; {remedy}")
+    if _is(inspect.isasyncgenfunction, function) or _is(inspect.isgeneratorfunction, function):
+        raise ScheduleError(f"{_name_of(function)!r} is a generator: nothing would iterate over it; {remedy}")
 
 
 def _job_name(function: object, name: object) -> str:

@@ -40,6 +40,7 @@ from contextlib import (
     suppress,
 )
 from contextvars import ContextVar
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from itertools import islice, takewhile
 from pathlib import Path
@@ -135,14 +136,15 @@ class TestZones:
         assert _zone(offset) is offset
 
     def test_unfinished_tzinfo(self) -> None:
-        """A tzinfo that can't tell the time is refused at once, by its own error."""
+        """A tzinfo that can't tell the time is refused at once, with its own error as the cause."""
 
         class Unfinished(tzinfo):
             def utcoffset(self, when: datetime | None) -> timedelta:
                 return timedelta(hours=1)
 
-        with pytest.raises(NotImplementedError):
+        with pytest.raises(ScheduleError, match=r"tz=.*: gives no offset from UTC \(.*; write an IANA name") as caught:
             _zone(Unfinished())
+        assert isinstance(caught.value.__cause__, NotImplementedError)
 
     def test_pytz_zones_are_taken_by_name(self) -> None:
         """A pytz zone doesn't know fold, so its namesake of zoneinfo is used."""
@@ -1429,6 +1431,40 @@ class TestEngine:
         (run,) = registry.simulate("1m", start=START)
         assert run.state is State.SUCCEEDED
         assert events == ["a", "b", "12", "-b", "-a"]
+
+    def test_factories(self) -> None:
+        """Whatever can be called without arguments is a factory.
+
+        A built-in type is one, a class whose objects aren't hashable, and an object that a generator makes callable.
+        """
+        registry, events = Registry(), []
+
+        @dataclass
+        class Settings:
+            limit: int = 5
+
+        class Opens:
+            def __call__(self) -> Iterator[str]:
+                yield "opened"
+                events.append("closed")
+
+        class OpensLater:
+            async def __call__(self) -> AsyncIterator[str]:
+                yield "opened later"
+                events.append("closed later")
+
+        @registry.job(after=0)
+        async def work(
+            a: int = Depends(int),
+            s: Settings = Depends(Settings),  # noqa: B008
+            b: str = Depends(Opens()),
+            c: str = Depends(OpensLater()),
+        ) -> None:
+            events.append((a, s, b, c))
+
+        (run,) = registry.simulate("1s", start=START)
+        assert run.state is State.SUCCEEDED
+        assert events == [(0, Settings(5), "opened", "opened later"), "closed later", "closed"]
 
     def test_threads(self) -> None:
         """A plain function runs in a daemon thread with the run's context; its error is the run's."""
