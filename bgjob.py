@@ -46,6 +46,7 @@ import inspect
 import itertools
 import logging
 import math
+import opcode
 import os
 import re
 import selectors
@@ -1915,6 +1916,19 @@ class _Stored(_Live):
 _Entry: TypeAlias = tuple[int, int, _Lane | _Live]  # due, order of entering, what is due
 
 
+def _let_go(error: BaseException) -> None:
+    """Forget the variables in an error's traceback, but for those of coroutines and generators that are to go on.
+
+    One exception object may be raised in several tasks, as a broken asyncio stream does, and has the frames of them
+    all. Up to Python 3.12, to clear one that waits at a `yield` or `await` ends it, silently.
+    """
+    waiting = opcode.opmap["YIELD_VALUE"]
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_code[frame.f_lasti] != waiting:
+            with suppress(RuntimeError):  # it is executing
+                frame.clear()
+
+
 class _Past:
     """What memory remembers of ended runs, so that `find()` and keys work: the last thousand, and a day's keys."""
 
@@ -1925,9 +1939,7 @@ class _Past:
 
     def add(self, run: _Live, now: int) -> None:
         if run._exception is not None:
-            traceback.clear_frames(
-                run._exception.__traceback__
-            )  # it has been logged, and would hold the job's variables
+            _let_go(run._exception)  # it has been logged, and would hold the job's variables
         if run.key is not None and run.state in (_SUCCEEDED, _FAILED):
             self._keyed[run.id] = run
             self._keys.append((now + _KEEP, run.id))

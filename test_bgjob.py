@@ -2349,6 +2349,33 @@ class TestEdges:
 
         virtually(main())
 
+    def test_failures_let_others_go_on(self) -> None:
+        """An exception object that another task has met before doesn't end that one when a run fails with it."""
+        registry, broken, seen = Registry(), ConnectionError("lost"), []
+
+        def numbers() -> Iterator[int]:
+            with contextlib.suppress(ConnectionError):
+                raise broken
+            yield from (1, 2)
+
+        async def stream() -> AsyncIterator[int]:
+            for number in numbers():
+                with contextlib.suppress(ConnectionError):
+                    raise broken
+                await asyncio.sleep(2)
+                yield number
+
+        @registry.job(after="1s")
+        async def fails() -> None:
+            raise broken
+
+        async def main() -> None:
+            async for number in stream():
+                seen.append(number)
+
+        (run,) = registry.simulate("1m", start=START, main=main)
+        assert (run.error, seen) == ("ConnectionError: lost", [1, 2])
+
     def test_what_follows_the_yield(self) -> None:
         """It runs whatever the outcome; what was raised is seen by a `try` or `with` around the yield, and by no other."""
         events: list[str] = []
