@@ -1284,7 +1284,7 @@ def _when(s: _Settings) -> tuple[_Every | _Cron | None, int | None]:
         schedules = {"every": s.every, "cron": s.cron, "after": s.after}
         written = [f"{what}={value!r}" for what, value in schedules.items() if value is not None]
         raise ScheduleError(f"{' and '.join(written)}: a job has one schedule; stack a second @job with its own name")
-    if s.tz is not None and s.cron is None:
+    if s.tz not in (None, "UTC") and s.cron is None:
         raise ScheduleError(f"tz={s.tz!r}: only cron has a zone; leave it out, or write cron=")
     if s.cron is not None:
         return _Cron(s.cron, _zone("UTC" if s.tz is None else s.tz)), None
@@ -1295,7 +1295,7 @@ def _when(s: _Settings) -> tuple[_Every | _Cron | None, int | None]:
 
 def _refuse_unscheduled(s: _Settings) -> None:
     for what, given in (
-        ("args", s.args is not None),
+        ("args", bool(s.args)),
         ("immediate", s.immediate),
         ("jitter", s.jitter != 0),
         ("overlap", s.overlap != "skip"),
@@ -5506,6 +5506,8 @@ def _redis_parts(items: Iterable[Sequence[str | int]]) -> Iterator[list[str | in
 def _store_of(store: Store | str) -> Store:
     """The store meant by a URL; anything that isn't text is one."""
     if not isinstance(store, str):
+        if not callable(getattr(store, "claim", None)):
+            raise StoreError(f"store={store!r}: neither a URL nor a Store; write 'sqlite:///jobs.db'")
         return store
     scheme = store.partition(":")[0]
     url, options = _our_options(store)

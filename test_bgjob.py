@@ -1159,6 +1159,16 @@ class TestDeclarations:
             with pytest.raises(ScheduleError, match=message):
                 call()
 
+    def test_defaults(self) -> None:
+        """Every keyword's default may be written out, whatever the schedule."""
+        defaults = {
+            "every": None, "cron": None, "after": None, "tz": "UTC", "name": "f", "args": {}, "immediate": False,
+            "jitter": 0, "parallelism": 10, "overlap": "skip", "expires": None, "timeout": None, "retries": 0,
+            "retry_delay": "1s..5m", "retry_on": Exception, "on_error": None, "on_crash": "rerun",
+        }  # fmt: skip
+        for schedule in ({}, {"every": 1}, {"cron": "@daily"}, {"after": 1}):
+            Registry().job(**defaults | schedule)(nothing)
+
     def test_callables(self) -> None:
         """A callable that isn't hashable is a job, no factory; names are text; Depends can't fill by position."""
         registry = Registry()
@@ -4755,6 +4765,12 @@ class TestUrls:
     def test_no_password(self, url: str, shown: str) -> None:
         """No password of a URL is shown, whatever signs it contains."""
         assert _no_password(url) == shown
+
+    def test_no_store(self) -> None:
+        """What is neither a URL nor a store is refused with what to write; a path is neither."""
+        for wrong in (Path("jobs.db"), 5):
+            with pytest.raises(StoreError, match=r"store=.*: neither a URL nor a Store; write 'sqlite:///jobs.db'"):
+                asyncio.run(Registry().run(store=wrong))
 
 
 class TestHouse:
