@@ -1916,7 +1916,7 @@ class _Stored(_Live):
 _Entry: TypeAlias = tuple[int, int, _Lane | _Live]  # due, order of entering, what is due
 
 
-def _let_go(error: BaseException) -> None:
+def _forget_frames(error: BaseException) -> None:
     """Forget the variables in an error's traceback, but for those of coroutines and generators that are to go on.
 
     One exception object may be raised in several tasks, as a broken asyncio stream does, and has the frames of them
@@ -1939,7 +1939,7 @@ class _Past:
 
     def add(self, run: _Live, now: int) -> None:
         if run._exception is not None:
-            _let_go(run._exception)  # it has been logged, and would hold the job's variables
+            _forget_frames(run._exception)  # it has been logged, and would hold the job's variables
         if run.key is not None and run.state in (_SUCCEEDED, _FAILED):
             self._keyed[run.id] = run
             self._keys.append((now + _KEEP, run.id))
