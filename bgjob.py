@@ -3435,7 +3435,7 @@ def _owner_name(entropy: int) -> str:
 # one: it must pass the conformance tests against a real server in CI.
 
 _LOG = 16 << 20  # bytes of SQLite's log that are cut off
-_GLANCE = 5.0  # s between two looks whether other processes wrote to an SQLite file
+_GLANCE = 5.0  # s between two looks whether other processes wrote to an SQLite file, and whether its log is long
 _VERB_LIMIT = 4.0  # s that one verb may take, or a quarter of the lease: less than whoever submits waits
 
 
@@ -3514,15 +3514,15 @@ class _SQLiteStatements(_Statements):
     # how far the others have gone with the ticks that are asked for: the least and the most
     ahead: str = """SELECT min(ifnull(last, 0) - value), max(ifnull(last, 0) - value)
         FROM json_each(?) LEFT JOIN bgjob_tick ON job = key"""
-    # "+due" keeps the planner off bgjob_due: it would walk over all that waits
+    # whose lease has ended counts as busy, too: it is due, and with one that waits no tick is started at once
     facts: str = """SELECT t.job, t.last, (SELECT count(*) FROM bgjob_run r WHERE r.job = t.job AND r.call = 0),
-        (SELECT count(*) FROM bgjob_run r WHERE r.job = t.job AND r.owner IS NOT NULL AND +r.due > ?),
+        (SELECT count(*) FROM bgjob_run r WHERE r.job = t.job AND r.owner IS NOT NULL),
         EXISTS(SELECT 1 FROM bgjob_run r WHERE r.job = t.job AND r.due <= ?)
         FROM bgjob_tick t WHERE t.job IN (SELECT value FROM json_each(?))"""
     handed_out: str = "UPDATE bgjob_tick SET last = ? WHERE job = ?"
     won: str = """INSERT INTO bgjob_run(id, job, due, at, call, tries, token, owner, since)
         VALUES(?, ?, ?, ?, 0, ?, ?, ?, ?) ON CONFLICT DO NOTHING"""
-    mine: str = "SELECT id FROM bgjob_run WHERE owner = ? AND since = ? AND token = 1"
+    mine: str = "SELECT id FROM bgjob_run WHERE owner = ? AND since = ?"
     push: str = """INSERT INTO bgjob_run(id, job, due, at, call, args, token)
         SELECT c.id, c.job, c.at, c.at, 1, c.args, ifnull(p.token, 0)
         FROM (SELECT ? AS id, ? AS job, ? AS at, ? AS args) c LEFT JOIN bgjob_past p ON p.id = c.id
@@ -3531,6 +3531,7 @@ class _SQLiteStatements(_Statements):
     heads: str = """SELECT j.value, EXISTS(SELECT 1 FROM bgjob_run WHERE job = j.value AND due <= ?),
         (SELECT min(due) FROM bgjob_run WHERE job = j.value AND due > ?) FROM json_each(?) j"""
     flagged: str = "SELECT id FROM bgjob_run WHERE owner = ? AND cancel = 1"
+    # "+due" keeps the planner off bgjob_due: it would walk over all that waits
     busy: str = "SELECT count(*) FROM bgjob_run WHERE job = ? AND owner IS NOT NULL AND +due > ?"
     claim: str = """UPDATE bgjob_run SET owner = ?, due = ?, since = ?, token = token + 1, tries = tries + 1,
         lost = lost + (owner IS NOT NULL) WHERE id IN (
@@ -3546,8 +3547,9 @@ class _SQLiteStatements(_Statements):
         finished, error, reason, result) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
     prune: str = """DELETE FROM bgjob_past WHERE id IN (
         SELECT id FROM bgjob_past WHERE finished <= ? ORDER BY finished LIMIT ?)"""
+    # whose lease has ended is removed then
     signal: str = """UPDATE bgjob_run SET cancel = 1
-        WHERE job = ? AND id = ifnull(?, id) AND owner IS NOT NULL AND +due > ? RETURNING id, at"""
+        WHERE job = ? AND id = ifnull(?, id) AND owner IS NOT NULL RETURNING id, at"""
     remove: str = """DELETE FROM bgjob_run WHERE id IN (
         SELECT id FROM bgjob_run WHERE id = ? AND job = ? AND (owner IS NULL OR due <= ?) UNION ALL
         SELECT id FROM bgjob_run WHERE ? IS NULL AND job = ? AND (owner IS NULL OR due <= ?) LIMIT 1000)
@@ -3664,11 +3666,10 @@ class SQLiteStore:
                     self._db.execute(statement)
             self._inode = os.stat(self._file).st_ino
             self._version = self._data_version()
-        except sqlite3.Error as error:
+        except BaseException as error:
             self._disconnect()
-            raise self._error(error) from None
-        except BaseException:
-            self._disconnect()
+            if isinstance(error, sqlite3.Error):
+                raise self._error(error) from None
             raise
 
     def _disconnect(self) -> None:
@@ -3716,7 +3717,7 @@ class SQLiteStore:
             try:
                 return self._db.execute(sql, parameters)
             except sqlite3.Error as error:
-                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
                     raise self._error(error) from error
                 if self._loop.time() - began > min(_VERB_LIMIT, self.lease / 4000):
                     raise self._error(error) from error
@@ -3768,7 +3769,7 @@ class SQLiteStore:
     def _error(self, error: sqlite3.Error) -> StoreError:
         import sqlite3
 
-        passing = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+        passing = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
         kind = Unreachable if getattr(error, "sqlite_errorcode", 0) & 0xFF in passing else StoreError
         hint = "; its folder must exist and be writable" if "unable to open" in str(error) else ""
         return kind(f"{self!r}: {error}{hint}")
@@ -3801,7 +3802,6 @@ class SQLiteStore:
             if self._db is not None and self._fault is None:  # somebody else did meanwhile
                 return
             self._disconnect()
-            self._held.clear()
             await self._connect()
             fault, self._fault = self._fault, None
         if fault is not None:  # else it wasn't there at the start
@@ -3833,7 +3833,7 @@ class SQLiteStore:
         while not self._stopped:
             # Now and then in any case: a few large runs make the log long without stirring, and a checkpoint gives way.
             late_in = self._beaten + self.lease / 2000 - self._loop.time()
-            stirred = self._stir.wait(min(10.0, max(late_in, self.lease / 20_000)))
+            stirred = self._stir.wait(min(_GLANCE, max(late_in, self.lease / 20_000)))
             self._stir.clear()
             if not (stirred or self._log_is_long() or self._is_late()):
                 continue
@@ -3891,7 +3891,7 @@ class SQLiteStore:
         else:
             now = await self._begin()
         with self._transaction() as db:
-            facts = {job: fact for job, *fact in db.execute(self._sql.facts, (now, now, names))}
+            facts = {job: fact for job, *fact in db.execute(self._sql.facts, (now, names))}
             if len(facts) < len(ticks):
                 raise Unreachable(f"{self!r}: its jobs were deleted")
             decided = [_decide(tick, now, *facts[tick.job]) for tick in ticks]
@@ -4000,7 +4000,7 @@ class SQLiteStore:
         while more:
             now = await self._begin()
             with self._transaction() as db:
-                for run, at in db.execute(self._sql.signal, (job, id, now)).fetchall():
+                for run, at in db.execute(self._sql.signal, (job, id)).fetchall():
                     found[run] = Cancelled(True, at)
                 removed = db.execute(self._sql.remove, (id, job, now, id, job, now)).fetchall()
                 for run, job, at, args, tries, token, owner, since, error in removed:

@@ -2693,6 +2693,11 @@ class SQLitePlace:
         with closing(sqlite3.connect(self.file)) as db, db:
             assert db.execute(f"UPDATE {prefix}_tick SET last = ? WHERE job = ?", (last, job)).rowcount == 1
 
+    def expire(self) -> None:
+        """As if the owners of all that runs had died a lease ago."""
+        with closing(sqlite3.connect(self.file)) as db, db:
+            db.execute("UPDATE bgjob_run SET due = at WHERE owner IS NOT NULL")
+
     async def drop(self) -> None:
         pass
 
@@ -2826,6 +2831,38 @@ async def going(store: SQLiteStore | str | None, *registries: Registry, **option
         for registry in registries:
             await stack.enter_async_context(registry.running(store=store, **options))
         yield
+
+
+@asynccontextmanager
+async def opened(store: Any, owner: str = "me") -> AsyncIterator[Any]:
+    """A store without an engine."""
+    await store.open(owner, lambda: None)
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+NO_SCHEDULE = bgjob.Listing("", False, None)
+
+
+@asynccontextmanager
+async def two_owners(place: "SQLitePlace", *jobs: str) -> AsyncIterator[Any]:
+    """A store as two owners know it, and the last ticks of some jobs, which aren't now any more."""
+    async with opened(bgjob._store_of(place.url())) as store, opened(bgjob._store_of(place.url()), "other") as other:
+        _, lasts = await store.enlist(dict.fromkeys(jobs, NO_SCHEDULE))
+        await asyncio.sleep(0.01)
+        yield store, other, lasts
+
+
+def a_call(id: str, job: str = "work", delay: int = 0) -> bgjob.Call:
+    return bgjob.Call(id, job, None, delay, "[[1],{}]")
+
+
+def an_end(
+    run: bgjob.Claimed, state: State, delay: int = 0, back: bool = False, error: str | None = None
+) -> bgjob.Settlement:
+    return bgjob.Settlement(run.id, run.token, run.job, run.at, run.call, state, delay, back, 1, error, None, "null")
 
 
 @contextmanager
@@ -3730,6 +3767,208 @@ class TestConformance:
         assert told == [("work#k", 2, State.RUNNING, "failure 2")]
 
 
+class TestVerbs:
+    """What the verbs of a store mean, to the letter, where an engine would hide it: the same for every store."""
+
+    @in_a_loop
+    async def test_ticks_of_one_call(self, place: SQLitePlace) -> None:
+        """Each tick of a call gets its own answer, by the facts of its own job; the winner its run where there's room."""
+        expected = {
+            "lost": ("lost", 3, False), "early": ("early", 0, False), "skipped": ("skipped", 1, False),
+            "full": ("full", 1, False), "won": ("won", 1, True), "late": ("won", 1, False),
+            "waits": ("won", 1, False), "no room": ("won", 1, False), "busy": ("won", 1, False),
+        }  # fmt: skip
+        async with two_owners(place, *expected) as (store, _, lasts):
+
+            def tick(job: str, after: int = 1, **options: Any) -> bgjob.Tick:
+                facts = {"delay": 0, "limit": 1, "hold": False, "free": 1, "parallelism": 1, **options}
+                return bgjob.Tick(job, lasts[job] + after, **facts)
+
+            before = [tick("lost", 3), tick("skipped"), tick("full")]
+            _, answers = await store.tick(before)
+            await store.settle([an_end(answers[0].run, State.SUCCEEDED)])
+            await store.push([a_call("1", "busy"), a_call("2", "busy", HOUR), a_call("3", "won", HOUR)], False)
+            await store.claim({"busy": (1, 1)})
+            await store.push([a_call("4", "waits")], False)
+            asked = [
+                tick("lost"), tick("early", HOUR), tick("skipped", 2), tick("full", 2, hold=True), tick("won"),
+                tick("late", delay=50), tick("waits", parallelism=2), tick("no room", free=0), tick("busy"),
+            ]  # fmt: skip
+            _, answers = await store.tick(asked)
+            told = {a.tick.job: (a.word, a.last - lasts[a.tick.job], a.run is not None) for a in answers}
+            assert told == expected | {"skipped": ("skipped", told["skipped"][1], False)}
+            won = asked[4]
+            assert answers[4].run == bgjob.Claimed(won.id, "won", won.at, False, "", 1, 0, 1, False)
+            row, late = await store.find(won.id), await store.find(asked[5].id)
+            assert (row.state, row.owner, row.due - row.since) == (State.RUNNING, "me", store.lease)
+            assert (late.state, late.owner, late.due, late.at) == (State.SCHEDULED, None, asked[5].at + 50, asked[5].at)
+            _, last = await store.enlist(dict.fromkeys([*expected, "new"], NO_SCHEDULE))
+            moved = {job: last[job] - before for job, before in lasts.items()}
+            assert moved == {**dict.fromkeys(expected, 1), "lost": 3, "early": 0, "skipped": 2}
+
+    @in_a_loop
+    async def test_lost_ticks(self, place: SQLitePlace) -> None:
+        """Who lost all the ticks of a call is told how far the others have gone with each of the jobs."""
+        async with two_owners(place, "one", "two") as (store, other, lasts):
+            for job, after in (("one", 1), ("two", 1), ("two", 5)):
+                await other.tick([bgjob.Tick(job, lasts[job] + after, 0, 9, False, 0, 1)])
+            _, answers = await store.tick([bgjob.Tick(job, lasts[job] + 1, 0, 9, False, 1, 1) for job in lasts])
+            assert {a.tick.job: (a.word, a.last - lasts[a.tick.job]) for a in answers} == {
+                "one": ("lost", 1), "two": ("lost", 5),
+            }  # fmt: skip
+
+    @in_a_loop
+    async def test_claims(self, place: SQLitePlace) -> None:
+        """A claim takes the oldest that are due, by `due` and id, of the jobs asked for, up to both limits of each."""
+        async with two_owners(place, "work", "left") as (store, other, _):
+            past = int(time.time() * 1000) - 10_000
+            calls = [("c", 2), ("b", 1), ("d", 2), ("e", 3), ("a", 5)]
+            await store.push([bgjob.Call(id, "work", past + n, 0, "[[],{}]") for id, n in calls], False)
+            await store.push([bgjob.Call("z", "left", past, 0, "[[],{}]"), a_call("later", "left", HOUR)], False)
+            await store.push([a_call("sooner", "work", HOUR - 9000), a_call("y", "work", HOUR)], False)
+            news = await store.claim({"work": (2, 9)})
+            assert [(run.id, run.tries, run.lost, run.token) for run in news.runs] == [("b", 1, 0, 1), ("c", 1, 0, 1)]
+            first, row = await store.find("b"), await store.find("sooner")
+            assert (first.due - first.since, first.owner) == (store.lease, "me")
+            for parallelism in (2, 1):  # it may have been more before
+                full = await store.claim({"work": (2, parallelism)})
+                assert (full.runs, full.next_due) == ([], first.due)  # not what is due, or it would be asked for ever
+            assert [run.id for run in (await other.claim({"work": (9, 4)})).runs] == ["d", "e"]
+            assert await store.cancel("work", "d")
+            assert (await store.claim({})).cancelled == []
+            assert (await other.claim({})).cancelled == ["d"]
+            await store.settle([an_end(run, State.SUCCEEDED) for run in news.runs])
+            news = await other.claim({"work": (9, 9)})
+            assert ([run.id for run in news.runs], news.cancelled) == (["a"], ["d"])
+            news = await store.claim({"work": (9, 9)})
+            assert (news.runs, news.next_due) == ([], (await store.find("e")).due)
+            await other.settle(
+                [bgjob.Settlement(id, 1, "work", 0, True, State.FAILED, *[0, False, 1], *[None] * 3) for id in "dea"]
+            )
+            assert (await store.claim({"work": (9, 9), "left": (0, 9)})).next_due == row.due
+
+    @in_a_loop
+    async def test_again(self, place: SQLitePlace) -> None:
+        """Again keeps the count and is due after its delay; a hand-back is as if it had never been claimed."""
+        async with two_owners(place, "work", "other") as (store, _, _):
+            await store.push([a_call("one"), a_call("two", "other")], False)
+            (run,) = (await store.claim({"work": (1, 1)})).runs
+            assert await store.settle([an_end(run, State.SCHEDULED, HOUR, error="E")]) == ["done"]
+            row = await store.find("one")
+            assert (row.state, row.attempt, row.owner, row.error, row.at) == (State.SCHEDULED, 1, None, "E", run.at)
+            assert abs(row.due - time.time() * 1000 - HOUR) < 60_000
+            (run,) = (await store.claim({"other": (1, 1)})).runs
+            assert await store.settle([an_end(run, State.SCHEDULED, HOUR, back=True)]) == ["done"]
+            assert (await store.find("two")).due == run.at
+            assert (await store.claim({"other": (1, 1)})).runs == [run._replace(token=2)]
+
+    @in_a_loop
+    async def test_what_is_remembered(self, place: SQLitePlace) -> None:
+        """The end of a call, of a failure, and what somebody waits for is kept; a tick's success leaves nothing."""
+        jobs = ("plain", "bad", "awaited", "cancelled")
+        async with two_owners(place, "work", *jobs) as (store, _, lasts):
+            _, answers = await store.tick([bgjob.Tick(job, lasts[job] + 1, 0, 1, False, 1, 1) for job in jobs])
+            await store.push([a_call("call")], False)
+            (call,) = (await store.claim({"work": (1, 1)})).runs
+            plain, bad, awaited, cancelled = [answer.run for answer in answers]
+            await store.find(plain.id)
+            await store.find(awaited.id, watch=True)
+            await store.cancel("cancelled", cancelled.id)
+            ends = [an_end(run, State.SUCCEEDED) for run in (plain, call, awaited)]
+            ends += [an_end(bad, State.FAILED, error="E"), an_end(cancelled, State.SCHEDULED)]
+            assert await store.settle(ends) == ["done", "done", "done", "done", "cancelled"]
+            rows = [await store.find(run.id) for run in (plain, call, awaited, bad, cancelled)]
+            assert [row and row.state for row in rows] == [
+                None, State.SUCCEEDED, State.SUCCEEDED, State.FAILED, State.CANCELLED,
+            ]  # fmt: skip
+            assert (rows[1].result, rows[1].args, rows[1].attempt) == ("null", "[[1],{}]", 1)
+            assert rows[3].error == "E"
+
+    @in_a_loop
+    @pytest.mark.parametrize("several", [False, True])
+    async def test_keys(self, place: SQLitePlace, several: bool) -> None:
+        """An id is taken while its run is unfinished and after it succeeded or failed, and free after it was cancelled
+        or skipped; then its tokens go on. Calls that are pushed together are as independent as others."""
+        ends = (State.SUCCEEDED, State.FAILED, State.CANCELLED, State.SKIPPED)
+
+        async with two_owners(place, "work") as (store, _, _):
+
+            async def push(*calls: bgjob.Call) -> list[bool]:
+                batches = [calls] if several else [[call] for call in calls]
+                return [at is not None for batch in batches for at in await store.push(batch, False)]
+
+            calls = [*map(a_call, ends)]
+            assert await push(*calls) == [True] * 4
+            assert await push(*calls) == [False] * 4
+            runs = (await store.claim({"work": (9, 9)})).runs
+            assert await push(*calls) == [False] * 4
+            await store.settle([an_end(run, State(run.id)) for run in runs])
+            assert await push(*calls, a_call("new")) == [False, False, True, True, True]
+            tokens = {run.id: run.token for run in (await store.claim({"work": (9, 9)})).runs}
+            assert tokens == {State.CANCELLED: 2, State.SKIPPED: 2, "new": 1}
+            assert await store.push([bgjob.Call("at", "work", 5, 9, ""), a_call("x")][: 1 + several], False)
+            assert (await store.find("at")).due == 5
+
+    @in_a_loop
+    async def test_cancels(self, place: SQLitePlace) -> None:
+        """A cancel finds the unfinished runs of its job, and where it has an id only that one."""
+        async with two_owners(place, "work", "other") as (store, _, _):
+            await store.push([*map(a_call, "abc"), a_call("d", delay=HOUR), a_call("other", "other")], False)
+            runs = (await store.claim({"work": (2, 9), "other": (1, 1)})).runs
+            await store.push([a_call("waits", "other")], False)
+            assert await store.cancel("work", "other") == await store.cancel("work", "waits") == {}
+            found = {id: one.signalled for id in "ac" for id, one in (await store.cancel("work", id)).items()}
+            assert found == {"a": True, "c": False}
+            assert {id: one.signalled for id, one in (await store.cancel("work")).items()} == {
+                "a": True, "b": True, "d": False,
+            }  # fmt: skip
+            assert await store.beat({run.id: 1 for run in runs}) == {"a": True, "b": True, "other": False}
+            assert (await store.find("waits")).state is State.SCHEDULED
+            assert (await store.find("d")).state is State.CANCELLED
+
+    @in_a_loop
+    async def test_overview(self, place: SQLitePlace) -> None:
+        """What runs, by its start; what is due, what waits for a retry and what failed: so many of each, nearest first."""
+        async with two_owners(place) as (store, _, _):
+            await store.enlist({"work": NO_SCHEDULE})
+            await store.enlist({job: bgjob.Listing(f'"{job}"', False, n) for n, job in enumerate("bac")})
+            await store.enlist({"b": bgjob.Listing('"b"', False, 7)})
+            for state in (State.FAILED, State.SUCCEEDED, State.SCHEDULED, State.RUNNING):
+                for n in range(3):
+                    await store.push([a_call(f"{state} {n}")], False)
+                    (run,) = (await store.claim({"work": (1, 99)})).runs
+                    if state is not State.RUNNING:
+                        await store.settle([an_end(run, state, HOUR - 9000 * n)])
+                    await asyncio.sleep(0.002)
+            await store.push([a_call(f"due {n}", delay=HOUR - 9000 * n) for n in range(3)], False)
+            seen = await store.overview(2)
+            assert [(job.job, job.schedule, job.timeout) for job in seen.jobs] == [
+                ("a", '"a"', 1), ("b", '"b"', 7), ("c", '"c"', 2), ("work", "", None),
+            ]  # fmt: skip
+            assert [row.id for row in seen.running] == [f"running {n}" for n in range(3)]
+            assert [row.id for row in seen.due] == ["due 2", "due 1"]
+            assert [row.id for row in seen.retrying] == ["scheduled 2", "scheduled 1"]
+            assert [row.id for row in seen.failed] == ["failed 2", "failed 1"]
+
+    @in_a_loop
+    async def test_enlisting(self, place: SQLitePlace) -> None:
+        """A known job keeps its place under the same schedule only; a new one begins now, if immediate with a run."""
+        hourly, daily = (bgjob.Listing(text, True, None) for text in "hd")
+        async with opened(bgjob._store_of(place.url())) as store:
+            _, first = await store.enlist(
+                {"same": hourly, "changed": hourly, "later": hourly._replace(immediate=False)}
+            )
+            await asyncio.sleep(0.01)
+            now, second = await store.enlist({"same": hourly, "changed": daily, "later": hourly})
+            assert second == {"same": first["same"], "changed": now, "later": first["later"]}
+            now, third = await store.enlist({"new": hourly, "changed": daily})
+            assert third == {"new": now, "changed": second["changed"]}
+            due = {row.job: row for row in (await store.overview(9)).due}
+            assert due.keys() == {"same", "changed", "new"}
+            assert all(row.id == bgjob._tick_id(job, row.at) for job, row in due.items())
+            assert due["changed"].at <= first["changed"]
+
+
 async def fill(store: SQLiteStore, number: int) -> None:
     """Runs of the far future, and as many that are due of a job that is blocked."""
     await store._begin()
@@ -3799,6 +4038,453 @@ class TestSQLite:
         assert len((await stores[0].overview(9)).due) == 1
         for store in stores:
             await store.close()
+
+    @in_a_loop
+    async def test_expired_lease(self, tmp_path: Path) -> None:
+        """A run whose lease has ended is anybody's: it has no slot, isn't running, can be claimed and cancelled."""
+        place, jobs = SQLitePlace(tmp_path), ("again", "one", "all", "kept")
+        async with two_owners(place, *jobs) as (store, other, _):
+            await store.push([a_call(job, job) for job in jobs], False)
+            runs = {run.id: run for run in (await store.claim(dict.fromkeys(jobs, (1, 1)))).runs}
+            assert (await other.claim(dict.fromkeys(jobs, (1, 1)))).runs == []
+            place.expire()
+            assert await store.beat({"kept": 1, "again": 2, "nothing": 1}) == {"kept": False}
+            seen = await other.overview(9)
+            assert ([row.id for row in seen.running], len(seen.retrying)) == (["kept"], 3)
+            assert (await other.find("again")).state is State.SCHEDULED
+            assert await other.cancel("one", "one") == {"one": bgjob.Cancelled(False, runs["one"].at)}
+            assert await other.cancel("all") == {"all": bgjob.Cancelled(False, runs["all"].at)}
+            news = await other.claim(dict.fromkeys(jobs, (1, 1)))
+            assert news.runs == [runs["again"]._replace(tries=2, lost=1, token=2)]
+            assert await store.beat({"again": 1}) == {}
+            for state, back in (
+                (State.SUCCEEDED, False),
+                (State.FAILED, False),
+                (State.SCHEDULED, False),
+                (State.SCHEDULED, True),
+            ):
+                assert await store.settle([an_end(runs["again"], state, back=back)]) == ["refused"]
+            assert (await other.find("again")).owner == "other"
+            assert await other.settle([an_end(news.runs[0], State.SUCCEEDED)]) == ["done"]
+
+    @in_a_loop
+    async def test_expired_tick(self, tmp_path: Path) -> None:
+        """The end of a tick that was overtaken is refused, by whomever; its slot is free, and what waits goes first."""
+        place = SQLitePlace(tmp_path)
+        async with two_owners(place, "work", "idle") as (store, other, lasts):
+            _, (first,) = await store.tick([bgjob.Tick("work", lasts["work"] + 1, 0, 9, False, 9, 1)])
+            place.expire()
+            for owner, token in ((other, 2), (store, 3)):
+                (again,) = (await owner.claim({"work": (1, 1)})).runs
+                assert again == first.run._replace(tries=token, lost=token - 1, token=token)
+                for state in (State.SUCCEEDED, State.FAILED):
+                    assert await store.settle([an_end(first.run, state)]) == ["refused"]
+                place.expire()
+            await store.push([a_call("call")], False)
+            ticks = [bgjob.Tick(job, lasts[job] + 2, 0, 9, False, 9, 1) for job in ("work", "idle")]
+            _, (second, idle) = await store.tick(ticks)
+            assert (second.word, second.run, idle.run is None) == ("won", None, False)
+            assert [run.id for run in (await store.claim({"work": (1, 1)})).runs] == [again.id]
+
+    @in_a_loop
+    async def test_jobs_deleted(self, tmp_path: Path) -> None:
+        """A tick of a job that isn't in the file is an outage, at whose end the jobs are enlisted again; none is won."""
+        place = SQLitePlace(tmp_path)
+        async with two_owners(place, "work", "gone") as (store, _, lasts):
+            with closing(sqlite3.connect(place.file)) as db, db:
+                db.execute("DELETE FROM bgjob_tick WHERE job = 'gone'")
+            ticks = [bgjob.Tick(job, lasts[job] + 1, 0, 1, False, 1, 1) for job in ("work", "gone")]
+            for asked in (ticks, ticks[1:]):
+                with pytest.raises(bgjob.Unreachable, match="its jobs were deleted"):
+                    await store.tick(asked)
+            assert [answer.word for answer in (await store.tick(ticks[:1]))[1]] == ["won"]
+
+    @in_a_loop
+    async def test_tick_that_is_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A tick that is handed out again, as its job was deleted meanwhile, doesn't start what runs a second time."""
+        place = SQLitePlace(tmp_path)
+        async with two_owners(place, "work", "next") as (store, other, lasts):
+            ticks = [bgjob.Tick(job, lasts[job] + 1, 0, 9, False, 9, 9) for job in ("work", "next")]
+            now, (first,) = await store.tick(ticks[:1])
+            for again, asked, clock in ((other, ticks, now), (store, ticks[:1], now + 1)):
+                await place.rewind("work", lasts["work"])
+                monkeypatch.setattr(bgjob, "_wall_ms", lambda clock=clock: clock)
+                _, (answer, *more) = await again.tick(asked)
+                assert (answer.word, answer.run) == ("won", None)
+                assert all(one.run is not None for one in more)
+            assert await store.beat({first.run.id: 1}) == {first.run.id: False}
+
+    @in_a_loop
+    async def test_lock_before_the_clock(self, tmp_path: Path) -> None:
+        """What waits for a lock goes by the clock when it has got it: no lease is short, and no tick lost or early."""
+        async with two_owners(SQLitePlace(tmp_path), "work", "call") as (store, _, _):
+            await store.push([a_call("one", "call")], False)
+            soon = int(time.time() * 1000) + 40
+            with locked(tmp_path / "jobs.db"):
+                claim = asyncio.create_task(store.claim({"call": (1, 1)}))
+                tick = asyncio.create_task(store.tick([bgjob.Tick("work", soon, 0, 1, False, 1, 1)]))
+                await asyncio.sleep(0.15)
+                unlocked = int(time.time() * 1000)
+            _, (answer,) = await tick
+            await claim
+            assert answer.word == "won"
+            for id in ("one", answer.run.id):
+                assert (await store.find(id)).due >= unlocked + store.lease
+
+    @in_a_loop
+    async def test_claim_of_nothing(self, tmp_path: Path) -> None:
+        """A claim that finds nothing due takes no lock, so that idle instances don't stand in the way of others."""
+        async with two_owners(SQLitePlace(tmp_path), "work", "other") as (store, _, _):
+            await store.push([a_call("other", "other"), a_call("one", delay=HOUR)], False)
+            with locked(tmp_path / "jobs.db"):
+                assert (await asyncio.wait_for(store.claim({"work": (1, 1)}), 1)).runs == []
+
+    @in_a_loop
+    async def test_short_lock(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """A lock that is given back in time is no outage, at the start neither: processes start together."""
+        file, (registry,), (job,) = tmp_path / "jobs.db", *instances(1, Work())
+        for prefix in ("one", "one", "two"):
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(locked(file))
+                asyncio.get_running_loop().call_later(0.1, stack.close)
+                async with going(SQLiteStore(file, prefix=prefix), registry):
+                    assert await (await job.submit(1)).result(20) == 1
+        assert "unreachable" not in caplog.text
+
+    @in_a_loop
+    async def test_patience(self, tmp_path: Path) -> None:
+        """A verb that meets a lock gives up after a quarter of the lease, while somebody may still beat."""
+        async with opened(SQLiteStore(tmp_path / "jobs.db", lease="1s")) as store:
+            with locked(tmp_path / "jobs.db"):
+                began = time.monotonic()
+                with pytest.raises(bgjob.Unreachable, match="database is locked"):
+                    await store.push([a_call("one")], False)
+                assert 0.2 < time.monotonic() - began < 2
+
+    @in_a_loop
+    async def test_error_codes(self, tmp_path: Path) -> None:
+        """Locks, a full disk and I/O errors are outages, whatever SQLite has to add to the code; nothing else is. A
+        lock is tried again first."""
+        store, tried = SQLiteStore(tmp_path / "jobs.db"), []
+
+        class Broken:
+            def execute(self, *_: object) -> None:
+                tried.append(1)
+                if len(tried) < 4:
+                    raise self.error
+                raise sqlite3.OperationalError("at last")
+
+        broken = Broken()
+        async with opened(store):
+            whole, store._db = store._db, broken
+            for name, kind, number in (
+                ("SQLITE_BUSY", StoreError, 4),
+                ("SQLITE_BUSY_SNAPSHOT", StoreError, 4),
+                ("SQLITE_FULL", bgjob.Unreachable, 1),
+                ("SQLITE_IOERR", bgjob.Unreachable, 1),
+                ("SQLITE_IOERR_SHMSIZE", bgjob.Unreachable, 1),
+                ("SQLITE_CORRUPT", StoreError, 1),
+            ):
+                broken.error = sqlite3.OperationalError(name)
+                broken.error.sqlite_errorcode = getattr(sqlite3, name)
+                tried.clear()
+                with pytest.raises(StoreError) as caught:
+                    await store.find("x")
+                assert (name, type(caught.value), len(tried)) == (name, kind, number)
+            tried.clear()
+            store._look()
+            store._db = whole
+
+    @in_a_loop
+    async def test_replaced(self, tmp_path: Path) -> None:
+        """A file that was replaced is opened anew by the verb that is next, and by it alone; the others wait for it."""
+        file, hints = tmp_path / "jobs.db", []
+        async with opened(SQLiteStore(tmp_path / "new.db")) as other:
+            await other.push([a_call("there")], False)
+        store = SQLiteStore(file)
+        await store.open("me", lambda: hints.append(1))
+        for end in ("", "-wal", "-shm"):
+            (tmp_path / f"jobs.db{end}").unlink()
+        os.replace(tmp_path / "new.db", file)
+        store._look()
+        assert hints == [1]
+        connect, begun = store._connect, []
+        store._connect = lambda: begun.append(1) or connect()
+        with locked(file):
+            tasks = [asyncio.create_task(store.find("there")) for _ in range(3)]
+            await asyncio.sleep(0.05)
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        assert begun == [1]
+        assert str(answers[0]) == f"{store!r}: the file was replaced; begun anew"
+        assert [row.id for row in answers[1:]] == ["there", "there"]
+        assert [row.owner for row in [await store.find("there")]] == [None]
+        await store.close()
+
+    @in_a_loop
+    async def test_used_again(self, tmp_path: Path) -> None:
+        """A store object begins afresh each time: what was wrong with its file or held by its last owner is past. Nor
+        does an end make a file that was deleted."""
+        file, store = tmp_path / "jobs.db", SQLiteStore(tmp_path / "jobs.db")
+        await store.close()  # it wasn't open
+        async with opened(store):
+            await store.push([a_call("one")], False)
+            await store.claim({"work": (1, 1)})
+            for path in tmp_path.iterdir():  # noqa: ASYNC240
+                path.unlink()
+            store._look()
+        assert (os.listdir(tmp_path), store._watch.cancelled(), store._thread_ended.done()) == ([], True, True)
+        async with opened(store):
+            assert await store.find("one") is None
+            assert store._held == {}
+        assert file.exists()
+
+    @in_a_loop
+    async def test_failed_start(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What fails at the start leaves nothing behind, and the store can be opened again."""
+        store = SQLiteStore(tmp_path / "jobs.db")
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "beat", lambda runs: exec("raise RuntimeError"))
+            with pytest.raises(RuntimeError):
+                await store.open("me", lambda: None)
+        with monkeypatch.context() as patch:
+            patch.setattr(sqlite3, "sqlite_version_info", (3, 34, 1))
+            with pytest.raises(StoreError, match="needs SQLite 3.35"):
+                await store.open("me", lambda: None)
+        async with opened(store):
+            assert await store.beat({}) == {}
+
+    @in_a_loop
+    async def test_outage_at_the_start(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without a file there's nothing to look at or to close, and the next verb tries again, for all that come."""
+        monkeypatch.setattr(bgjob, "_VERB_LIMIT", 0.02)
+        store = SQLiteStore(tmp_path / "jobs.db")
+
+        async def find(delay: float) -> object:
+            await asyncio.sleep(delay)
+            store._look()
+            return await store.find("x")
+
+        with locked(tmp_path / "jobs.db"):
+            await store.open("me", lambda: None)
+            store._look()
+            answers = await asyncio.gather(*map(find, (0, 0.005, 0.01)), return_exceptions=True)
+            assert [type(answer) for answer in answers] == [bgjob.Unreachable] * 3
+            assert store._db is None
+        assert await store.find("x") is None
+        with locked(tmp_path / "jobs.db"):
+            waiting = asyncio.create_task(store.push([a_call("x")], True))
+            await asyncio.sleep(0.005)
+            store._disconnect()
+            with pytest.raises(bgjob.Unreachable, match="it isn't open"):
+                await waiting
+        await store.close()
+
+    @in_a_loop
+    async def test_hints(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Who may have something to do is rung at once: at a call, at a cancel, at an end that is waited for, and also
+        where the one that rings stops. A call of the far future, and one's own writes, wake nobody."""
+        monkeypatch.setattr(bgjob, "_GLANCE", 1e6)
+        mine, heard, stores = [], [], [SQLiteStore(tmp_path / "jobs.db") for _ in range(2)]
+        for store, calls in zip(stores, (mine, heard), strict=True):
+            await store.open(f"{id(calls)}", lambda calls=calls: calls.append(1))
+        store, other = stores
+
+        async def rings(*verbs: Awaitable[object]) -> bool:
+            await asyncio.sleep(0.02)
+            heard.clear()
+            for verb in verbs:
+                await verb
+            await asyncio.sleep(0.05)
+            return bool(heard)
+
+        assert not await rings(store.push([a_call("far", delay=HOUR)], True), store.push([a_call("quiet")], False))
+        assert await rings(store.push([a_call("due")], True))
+        assert await rings(store.push([a_call("soon", delay=1000)], True))
+        runs = (await store.claim({"work": (2, 9)})).runs
+        assert not await rings(store.settle([an_end(runs[0], State.SUCCEEDED)]), store.push([a_call("due")], True))
+        await other.find(runs[1].id, watch=True)
+        assert await rings(store.settle([an_end(runs[1], State.SUCCEEDED)]))
+        assert await rings(store.cancel("work", "far"))
+        many = [verb for n in range(100) for verb in (store.push([a_call(f"{n}")], True), asyncio.sleep(0))]
+        assert await rings(*many)
+        assert (len(heard) < 50, mine) == (True, [])
+        assert await rings(store.push([a_call("last")], True), store.close())
+        await other.close()
+
+    @in_a_loop
+    async def test_look(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where there's no bell, another's writes are seen at the next look, after five seconds or a third of the lease;
+        one's own aren't news."""
+
+        async def no_bell(*_: object, **__: object) -> None:
+            raise OSError("no IPv4")
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "create_datagram_endpoint", no_bell)
+        hints: list[int] = []
+        store = SQLiteStore(tmp_path / "jobs.db", lease="1s")
+        await store.open("me", lambda: hints.append(1))
+        async with opened(SQLiteStore(tmp_path / "jobs.db"), "other") as other:
+            store._look()
+            hints.clear()
+            await store.push([a_call("own")], True)
+            store._look()
+            assert hints == []
+            for number in (1, 2, 3):
+                await other.push([a_call(f"{number}")], True)
+                async with asyncio.timeout(2):
+                    await until(lambda: len(hints) == number)  # noqa: B023
+                if number == 2:
+                    monkeypatch.setattr(bgjob, "_GLANCE", 0.1)
+                    store.lease = 1 << 40
+                    store._look()
+        await store.close()
+
+    @in_a_loop
+    async def test_bell(self, tmp_path: Path) -> None:
+        """A bell hears its own name only, for its port was another's before. Who hasn't signed in for three leases is
+        forgotten, and so is who leaves."""
+        hints: list[int] = []
+        store = SQLiteStore(tmp_path / "jobs.db")
+
+        def peers() -> dict[str, int]:
+            with closing(sqlite3.connect(store.path)) as db:
+                return dict(db.execute("SELECT owner, port FROM bgjob_peer").fetchall())
+
+        await store.open("me", lambda: hints.append(1))
+        async with opened(SQLiteStore(store.path), "other"):
+            assert peers().keys() == {"me", "other"}
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ringing:
+                for name in (b"somebody", b"me"):
+                    ringing.sendto(name, ("127.0.0.1", peers()["me"]))
+            await until(lambda: hints)
+            await asyncio.sleep(0.02)
+            assert hints == [1]
+            with closing(sqlite3.connect(store.path)) as db, db:
+                db.execute("UPDATE bgjob_peer SET seen = seen - 100000")
+            await store.beat({})
+            assert peers().keys() == {"me"}
+        await store.close()
+        assert peers() == {}
+
+    @in_a_loop
+    async def test_thread_beats(self, tmp_path: Path) -> None:
+        """Where the loop is late the thread beats for what is held, by its token and once it has the lock; else it
+        doesn't, and it never makes a file."""
+        place = SQLitePlace(tmp_path)
+        async with two_owners(place, "work", "tick") as (store, other, lasts):
+            await store.push([a_call("one"), a_call("two"), a_call("waits", delay=HOUR)], False)
+            runs = (await store.claim({"work": (2, 2)})).runs
+            _, (answer,) = await store.tick([bgjob.Tick("tick", lasts["tick"] + 1, 0, 1, False, 1, 1)])
+            await store.settle([an_end(runs[1], State.SUCCEEDED)])
+            before = (await other.find("one")).due
+            await asyncio.sleep(0.01)
+            store._guard_once()
+            assert (await other.find("one")).due == before
+            with locked(place.file):
+                beaten = store._beaten = store._loop.time() - store.lease / 1900
+                beating = asyncio.create_task(asyncio.to_thread(store._guard_once))
+                await asyncio.sleep(0.1)
+                unlocked = time.time() * 1000
+            await beating
+            for id in ("one", answer.run.id):
+                assert (await other.find(id)).due >= unlocked + store.lease
+            assert store._beaten > beaten
+            assert store._held == {"one": 1, answer.run.id: 1}
+            place.expire()
+            await other.claim({"work": (2, 2), "tick": (1, 1)})
+            assert await store.beat({"one": 1}) == {}
+            store._beaten, before = 0.0, (await other.find("one")).due
+            await asyncio.sleep(0.002)
+            store._guard_once()
+            assert (await other.find("one")).due == before
+            assert store._held == {answer.run.id: 1}
+        for path in tmp_path.iterdir():  # noqa: ASYNC240
+            path.unlink()
+        with pytest.raises(sqlite3.OperationalError):
+            store._guard_once()
+        assert os.listdir(tmp_path) == []
+
+    @in_a_loop
+    async def test_thread(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The thread does what it is stirred for once, is at rest else, tries again what failed, and where the loop is
+        late doesn't try without a pause."""
+        done: list[int] = []
+        store = SQLiteStore(tmp_path / "jobs.db", lease="1s")
+        monkeypatch.setattr(store, "_guard_once", lambda: done.append(1) or 1 / 0)
+        async with opened(store):
+            for number in (1, 2):
+                store._stir.set()
+                await asyncio.sleep(0.1)
+                assert len(done) == number
+                store._beaten = asyncio.get_running_loop().time()
+            store._beaten, _ = 0.0, store._stir.set()
+            await asyncio.sleep(0.2)
+            assert 4 < len(done) < 9
+
+    def test_loop_closed(self, tmp_path: Path) -> None:
+        """The thread ends with a process whose loop was closed without the store."""
+        store = SQLiteStore(tmp_path / "jobs.db")
+        threads = set(threading.enumerate())
+
+        async def main() -> None:
+            await store.open("me", lambda: None)
+            store._bell.close()
+            await asyncio.sleep(0)
+
+        asyncio.run(main())
+        store._stopped = True
+        store._stir.set()
+        for thread in set(threading.enumerate()) - threads:
+            thread.join(5)
+            assert not thread.is_alive()
+        store._disconnect()
+
+    @in_a_loop
+    async def test_checkpoints(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The log is moved into the file after 200 writes, by the thread: never by who writes, for it may take long."""
+        store = SQLiteStore(tmp_path / "jobs.db")
+
+        async def grown(calls: int) -> bool:
+            for n in range(calls):
+                await store.push([a_call(f"{calls} {n}")], False)
+            return os.stat(store.path).st_size > size
+
+        async with opened(store):
+            size = os.stat(store.path).st_size
+            with monkeypatch.context() as patch:
+                patch.setattr(store, "_guard_once", lambda: None)
+                assert not await grown(600)
+            assert store._writes > 600
+            await grown(201)
+            await until(lambda: os.stat(store.path).st_size > size)
+
+    @in_a_loop
+    async def test_long_log(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A log that is long is cut off before long, though nobody writes any more."""
+        monkeypatch.setattr(bgjob, "_GLANCE", 0.05)
+        monkeypatch.setattr(bgjob, "_LOG", 1000)
+        async with opened(SQLiteStore(tmp_path / "jobs.db", lease="1h")):
+            await until(lambda: (tmp_path / "jobs.db-wal").stat().st_size == 0)
+
+    @in_a_loop
+    async def test_prune(self, tmp_path: Path) -> None:
+        """With each end two that aren't kept any more are forgotten, the oldest first: never many at once."""
+        async with opened(SQLiteStore(tmp_path / "jobs.db")) as store:
+            old = [(f"old {n}", n) for n in (3, 1, 2, 5, 4)]
+            with closing(sqlite3.connect(store.path)) as db, db:
+                db.executemany("INSERT INTO bgjob_past(id, job, state, at, args, attempt, token, finished) "
+                               "VALUES(?, 'work', 'failed', 0, '', 1, 1, ?)", old)  # fmt: skip
+            await store.push([a_call("one")], False)
+            (run,) = (await store.claim({"work": (1, 1)})).runs
+            await store.settle([an_end(run, State.FAILED)])
+            assert [row.id for row in (await store.overview(9)).failed] == ["one", "old 5", "old 4", "old 3"]
+
+    @in_a_loop
+    async def test_cancel_of_many(self, tmp_path: Path) -> None:
+        """However many runs wait, a cancel of their job removes them all."""
+        async with opened(SQLiteStore(tmp_path / "jobs.db")) as store:
+            await store.push([a_call(f"{n}", delay=HOUR) for n in range(2500)], False)
+            assert len(await store.cancel("work")) == 2500
 
     @in_a_loop
     async def test_change_of_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -5535,33 +6221,16 @@ class Proxy:
         writer.close()
 
 
-@asynccontextmanager
-async def opened(store: bgjob.RedisStore, owner: str = "me") -> AsyncIterator[bgjob.RedisStore]:
-    await store.open(owner, lambda: None)
-    try:
-        yield store
-    finally:
-        await store.close()
-
-
 def script_of(verb: str) -> bytes:
     """How a call of a verb's script begins, the first apart, which brings its text."""
     text = bgjob._REDIS_PRELUDE + getattr(bgjob._Redis, verb)
     return hashlib.sha1(text.encode()).hexdigest().encode()
 
 
-def a_call(id: str, job: str = "work", delay: int = 0) -> bgjob.Call:
-    return bgjob.Call(id, job, None, delay, "[[1],{}]")
-
-
 async def claimed(store: bgjob.RedisStore) -> list[bgjob.Claimed]:
     """What the store believes to have claimed, for who hasn't kept it."""
     rows = (await store.overview(99)).running
     return [bgjob.Claimed(r.id, r.job, r.at, True, r.args, r.attempt, 0, r.token, False) for r in rows]
-
-
-def an_end(run: bgjob.Claimed, state: State, delay: int = 0, back: bool = False) -> bgjob.Settlement:
-    return bgjob.Settlement(run.id, run.token, run.job, run.at, run.call, state, delay, back, 1, None, None, "null")
 
 
 class TestRedis:
