@@ -3964,7 +3964,8 @@ class SQLiteStore:
     async def settle(self, ended: Sequence[Settlement]) -> Sequence[_Settled]:
         now = await self._begin()
         with self._transaction() as db:
-            # Successful ticks leave nothing behind, and are many where a thousand jobs come due together.
+            # Successful ticks leave nothing behind, and are many where a thousand jobs come due together. All others,
+            # and those that somebody waits for, are remembered.
             plain = [end.id for end in ended if not end.call and end.state is _SUCCEEDED and self._owns(end)]
             done = {id for (id,) in db.execute(self._sql.finish_plain, (_dumps(plain), self._owner))} if plain else ()
             answers: list[_Settled] = ["done" if end.id in done else self._settle_one(db, end, now) for end in ended]
@@ -3987,9 +3988,8 @@ class SQLiteStore:
         if row is None:
             return "refused"
         args, owner, since, awaited = row
-        if end.call or awaited or state is not _SUCCEEDED:
-            past = (end.id, end.job, state, end.at, args, end.attempt, end.token, owner, since, now, end.error, reason)
-            db.execute(self._sql.remember, (*past, end.result))
+        past = (end.id, end.job, state, end.at, args, end.attempt, end.token, owner, since, now, end.error, reason)
+        db.execute(self._sql.remember, (*past, end.result))
         if awaited:
             self._wake_others()
         return "cancelled" if end.state is _SCHEDULED else "done"

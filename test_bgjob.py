@@ -3822,28 +3822,28 @@ class TestVerbs:
         """A claim takes the oldest that are due, by `due` and id, of the jobs asked for, up to both limits of each."""
         async with two_owners(place, "work", "left") as (store, other, _):
             past = int(time.time() * 1000) - 10_000
-            calls = [("c", 2), ("b", 1), ("d", 2), ("e", 3), ("a", 5)]
+            calls = [("a", 2), ("c", 1), ("b", 2), ("d", 3), ("e", 5)]
             await store.push([bgjob.Call(id, "work", past + n, 0, "[[],{}]") for id, n in calls], False)
             await store.push([bgjob.Call("z", "left", past, 0, "[[],{}]"), a_call("later", "left", HOUR)], False)
             await store.push([a_call("sooner", "work", HOUR - 9000), a_call("y", "work", HOUR)], False)
             news = await store.claim({"work": (2, 9)})
-            assert [(run.id, run.tries, run.lost, run.token) for run in news.runs] == [("b", 1, 0, 1), ("c", 1, 0, 1)]
-            first, row = await store.find("b"), await store.find("sooner")
+            assert [(run.id, run.tries, run.lost, run.token) for run in news.runs] == [("c", 1, 0, 1), ("a", 1, 0, 1)]
+            first, row = await store.find("c"), await store.find("sooner")
             assert (first.due - first.since, first.owner) == (store.lease, "me")
             for parallelism in (2, 1):  # it may have been more before
                 full = await store.claim({"work": (2, parallelism)})
                 assert (full.runs, full.next_due) == ([], first.due)  # not what is due, or it would be asked for ever
-            assert [run.id for run in (await other.claim({"work": (9, 4)})).runs] == ["d", "e"]
-            assert await store.cancel("work", "d")
+            assert [run.id for run in (await other.claim({"work": (9, 4)})).runs] == ["b", "d"]
+            assert await store.cancel("work", "b")
             assert (await store.claim({})).cancelled == []
-            assert (await other.claim({})).cancelled == ["d"]
+            assert (await other.claim({})).cancelled == ["b"]
             await store.settle([an_end(run, State.SUCCEEDED) for run in news.runs])
             news = await other.claim({"work": (9, 9)})
-            assert ([run.id for run in news.runs], news.cancelled) == (["a"], ["d"])
+            assert ([run.id for run in news.runs], news.cancelled) == (["e"], ["b"])
             news = await store.claim({"work": (9, 9)})
-            assert (news.runs, news.next_due) == ([], (await store.find("e")).due)
+            assert (news.runs, news.next_due) == ([], (await store.find("d")).due)
             await other.settle(
-                [bgjob.Settlement(id, 1, "work", 0, True, State.FAILED, *[0, False, 1], *[None] * 3) for id in "dea"]
+                [bgjob.Settlement(id, 1, "work", 0, True, State.FAILED, *[0, False, 1], *[None] * 3) for id in "bde"]
             )
             assert (await store.claim({"work": (9, 9), "left": (0, 9)})).next_due == row.due
 
