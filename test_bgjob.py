@@ -4152,9 +4152,12 @@ class TestSQLite:
         assert "unreachable" not in caplog.text
 
     @in_a_loop
-    async def test_patience(self, tmp_path: Path) -> None:
-        """A verb that meets a lock gives up after a quarter of the lease, while somebody may still beat."""
-        async with opened(SQLiteStore(tmp_path / "jobs.db", lease="1s")) as store:
+    @pytest.mark.parametrize(("lease", "limit"), [("1s", 4), ("30s", 0.25)])
+    async def test_patience(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lease: str, limit: float) -> None:
+        """A verb that meets a lock gives up after a quarter of the lease, while somebody may still beat, and before the
+        patience of whoever submits ends."""
+        monkeypatch.setattr(bgjob, "_VERB_LIMIT", limit)
+        async with opened(SQLiteStore(tmp_path / "jobs.db", lease=lease)) as store:
             with locked(tmp_path / "jobs.db"):
                 began = time.monotonic()
                 with pytest.raises(bgjob.Unreachable, match="database is locked"):
@@ -4194,6 +4197,14 @@ class TestSQLite:
             tried.clear()
             store._look()
             store._db = whole
+
+            def fill_up(db: sqlite3.Connection, *_: object) -> None:
+                db.execute("ROLLBACK")  # as SQLite does by itself then
+                raise broken.error
+
+            broken.error.sqlite_errorcode, store._push_one = sqlite3.SQLITE_FULL, fill_up
+            with pytest.raises(bgjob.Unreachable):
+                await store.push([a_call("1"), a_call("2")], False)
 
     @in_a_loop
     async def test_replaced(self, tmp_path: Path) -> None:
@@ -4363,7 +4374,7 @@ class TestSQLite:
                 db.execute("UPDATE bgjob_peer SET seen = seen - 100000")
             await store.beat({})
             assert peers().keys() == {"me"}
-        await store.close()
+        await asyncio.wait_for(store.close(), 2)  # the thread is woken, too
         assert peers() == {}
 
     @in_a_loop
