@@ -2844,6 +2844,7 @@ class _Shared(_Engine):
         self._held: dict[str, _Stored] = {}  # claimed, and not settled yet
         self._handles: WeakValueDictionary[str, _Stored] = WeakValueDictionary()
         self._next_due = 0
+        self._looked = self._mono()
         self._poked = asyncio.Event()
         self._synced = self._ending = False
         self._poll: asyncio.TimerHandle | None = None
@@ -2953,15 +2954,17 @@ class _Shared(_Engine):
 
     def _look_everywhere(self) -> None:
         self._look = dict.fromkeys(self._lanes.values())
+        self._looked = self._mono()
         self._next_due = sys.maxsize  # until a claim says more; where none follows, as in a drain, the poll is enough
         self._poked.set()
 
     def _plan(self) -> None:
-        """Look again when the next run is due, and now and then even so: hints may be lost, and instances die."""
+        """Look again when the next run is due, and now and then even so: hints may be lost, and instances die. That
+        counts from the last look everywhere, or a tick every second would put it off for ever."""
         self._read_clocks()
         if self._poll is not None:
             self._poll.cancel()
-        when = min(self._next_due, self._now + self._store.poll) / 1000 - self._offset
+        when = min(self._next_due / 1000 - self._offset, self._looked + self._store.poll / 1000)
         self._poll = self.loop.call_at(when, self._look_everywhere)
 
     async def _pump(self) -> None:

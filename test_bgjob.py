@@ -5055,6 +5055,31 @@ class TestProcesses:
         assert (again.at - group.killed[first.pid]) / 1e9 < (3 if THOROUGH else 5)
 
     @in_a_loop
+    async def test_takeover_unasked(self, workers: Callable[..., Workers]) -> None:
+        """Of a run that a process submitted to itself no other has heard. When it dies the run is found by looking,
+        however much the others have to do: their own ticks don't put that off."""
+        group = workers("""
+            @job
+            async def work():
+                note("start")
+                await asyncio.sleep(600 if current_run().attempt == 1 else 0)
+
+            @job(every="200ms")
+            async def tick():
+                note("tick")
+                if os.environ.get("SUBMITS"):
+                    await work.after("1ms", key="one").submit()
+        """, lease="2s")  # fmt: skip
+        (other,) = group.start()
+        await group.wait("tick", 1)
+        (first,) = group.start(SUBMITS="1")
+        await group.wait("start", 1)
+        group.kill(first)
+        lost, again = await group.wait("start", 2, patience=20)
+        assert (lost.pid, again.pid, again.attempt) == (first.pid, other.pid, 2)
+        group.stop()
+
+    @in_a_loop
     async def test_frozen(self, workers: Callable[..., Workers]) -> None:
         """A process frozen for longer than its lease is overtaken once; its run is cancelled, its result refused."""
         group = workers(self.JOBS, lease="2s")
