@@ -2975,6 +2975,7 @@ class _Shared(_Engine):
                 await self._exchange()
             except StoreError as error:
                 self._went_down(error)
+                self._failures += 1
                 await self._back_off()
             except Exception as bug:  # else one bug would stop every job for good
                 _log.error("bgjob itself failed: %s", _summary(bug), exc_info=bug)
@@ -3002,7 +3003,6 @@ class _Shared(_Engine):
         if self._down_since is None:
             _log.warning("store unreachable: %s; retrying", error)
             self._down_since = self._mono()
-        self._failures += 1
         self._doubt = True
         for lane in self._lanes.values():
             self._arrivals.setdefault(cast(_SharedLane, lane), False)  # it may have lost everything
@@ -3051,6 +3051,7 @@ class _Shared(_Engine):
         lanes = list(itertools.islice(self._wanted, _AT_ONCE))
         asked = self._mono()
         now, answers = await self._store.tick([lane.offer(self._now) for lane in lanes])
+        self._failures = 0
         self._heard(now, asked)
         for lane, answer in zip(lanes, answers, strict=True):
             if lane in self._wanted:  # else its job was removed meanwhile, and only what it won still counts
@@ -3191,6 +3192,7 @@ class _Shared(_Engine):
     async def _settle(self) -> None:
         ended = self._ended[:_AT_ONCE]
         answers = await self._store.settle([end.settlement() for end in ended])
+        self._failures = 0
         del self._ended[: len(ended)]
         doubt, self._doubt = self._doubt, bool(self._ended) and self._doubt
         for end, answer in zip(ended, answers, strict=True):
@@ -3238,7 +3240,8 @@ class _Shared(_Engine):
     async def _beat(self) -> None:
         held = self._held.copy()
         asked = self._mono()
-        trusted = (run.leased for run in held.values() if run.stop is not _Stop.LEASE)
+        # Of what has ended, or is being stopped already, nothing is left to be cut.
+        trusted = (run.leased for run in held.values() if run in self._live and run.stop is None)
         fence = min(trusted, default=asked) + self._lease * _TRUST - asked
         # A job blocked this loop: a thread may have beaten meanwhile, and if none has, the answer says so.
         if fence <= 0 and self._down_since is None:
@@ -4340,7 +4343,7 @@ class PostgresStore:
         )  # fmt: skip
         self._owner, self._hint = owner, hint
         self._loop = asyncio.get_running_loop()
-        self._ready = self._pooled = False
+        self._ready = self._pooled = self._warm = False
         self._idle: list[_PostgresConnection] = []
         self._busy: set[_PostgresConnection] = set()
         self._room = asyncio.Semaphore(_POSTGRES_CONNECTIONS)
@@ -4574,7 +4577,8 @@ class PostgresStore:
             schedules, timeouts = [one.schedule for one in new.values()], [one.timeout for one in new.values()]
             await db.fetch(self._sql.enlist, now, [*new], schedules, timeouts, first)
             rows = await db.fetch(self._sql.listed, names)
-        if names and not self._pooled:
+        if names and not self._pooled and not self._warm:
+            self._warm = True  # once: in an outage it would be so many answers more that could be lost
             await self._warm_up(db)
         return now, {job: last for _, job, last, _, _ in rows if job is not None}
 

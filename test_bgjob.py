@@ -6497,6 +6497,33 @@ class TestRedis:
         assert {run.attempt for run in work.begun} == {1}
 
     @in_a_loop
+    async def test_beat_ends_an_outage(self, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch,
+                                       caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+        """Whatever the back-off, a beat that comes through ends an outage, also one that was longer than a lease, and
+        where an answer takes its time: results that wait are no reason to hurry."""
+        beat = bgjob.RedisStore.beat
+
+        async def slow(store: bgjob.RedisStore, runs: Any) -> Any:
+            await asyncio.sleep(0.1)
+            return await beat(store, runs)
+
+        monkeypatch.setattr(bgjob.RedisStore, "beat", slow)
+        monkeypatch.setattr(bgjob, "_BACKOFF_FIRST", 100_000)
+        monkeypatch.setattr(bgjob, "_BACKOFF_LAST", 100_000)
+        work = Work(held=True)
+        (registry,), (job,) = instances(1, work)
+        async with going(redis_server.url(lease="2s"), registry):
+            await job.submit()
+            await until(lambda: work.begun)
+            redis_server.kill()
+            work.release.set()
+            await until(lambda: "store unreachable" in caplog.text)
+            await asyncio.sleep(2)
+            redis_server.start()
+            async with asyncio.timeout(15):
+                await until(lambda: "store back" in caplog.text)
+
+    @in_a_loop
     async def test_lost_claims(self, redis_server: RedisServer) -> None:
         """Runs that were claimed by a call whose answer was lost come with the next claim, as if that were the first."""
         async with Proxy(redis_server) as proxy, opened(bgjob.RedisStore(proxy.url())) as store:
