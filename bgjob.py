@@ -4175,10 +4175,16 @@ class _PostgresStatements(_Statements):
                 WHERE b.job = w.job AND b.owner IS NOT NULL AND b.due + 0 > {_POSTGRES_NOW})))) AS p))
             ORDER BY id FOR UPDATE))
         RETURNING id, job, at, call = 1, args, tries, lost, token, cancel = 1"""
+    # what was claimed for us by a call whose answer we didn't get
+    unheard: str = f"""UPDATE bgjob_run SET due = {_POSTGRES_CLOCK} + $5::bigint WHERE id = ANY(ARRAY(
+            SELECT id FROM bgjob_run WHERE job = ANY($1::text[]) AND owner = $2 AND due + 0 > {_POSTGRES_NOW}
+            AND (id, token) NOT IN (SELECT * FROM unnest($3::text[], $4::int[])) ORDER BY id FOR NO KEY UPDATE))
+        RETURNING id, job, at, call = 1, args, tries, lost, token, cancel = 1"""
     beat: str = f"""UPDATE bgjob_run SET due = {_POSTGRES_CLOCK} + $3::bigint WHERE id = ANY(ARRAY(
             SELECT r.id FROM unnest($1::text[], $2::int[]) AS b(id, token) JOIN bgjob_run r
             ON r.id = b.id AND r.token = b.token ORDER BY r.id FOR NO KEY UPDATE OF r))
         RETURNING id, cancel = 1"""
+    # an end that is in the history already was said before, and the answer was lost
     settle: str = f"""WITH e AS MATERIALIZED (SELECT * FROM unnest($1::text[], $2::int[], $3::text[], $4::bigint[],
             $5::bool[], $6::text[], $7::bigint[], $8::bool[], $9::int[], $10::text[], $11::text[], $12::text[])
             WITH ORDINALITY AS e(id, token, job, at, call, state, delay, back, attempt, error, reason, result, n)),
@@ -4195,7 +4201,9 @@ class _PostgresStatements(_Statements):
         pruned AS (DELETE FROM bgjob_past WHERE id = ANY(ARRAY(SELECT id FROM bgjob_past
             WHERE finished <= {_POSTGRES_NOW} - $13::bigint AND id <> ALL($1) ORDER BY finished
             LIMIT 2 * cardinality($1) FOR UPDATE SKIP LOCKED)))
-        SELECT e.state, h.state, CASE WHEN h.awaited = 1 AND h.state <> 'scheduled'
+        SELECT e.state, coalesce(h.state, (SELECT p.state FROM bgjob_past p WHERE h.id IS NULL AND p.id = e.id
+            AND p.token = e.token AND (p.state = e.state OR e.state = 'scheduled' AND p.state = 'cancelled'))),
+            CASE WHEN h.awaited = 1 AND h.state <> 'scheduled'
             THEN pg_notify('bgjob_wake', $14::text)::text END FROM e LEFT JOIN held h USING (id) ORDER BY e.n"""
     # those that are flagged already and still run are left out of all pages but the first
     page: str = f"""SELECT id FROM bgjob_run WHERE job = $1 AND ($2 OR cancel = 0 OR owner IS NULL
@@ -4325,6 +4333,7 @@ class PostgresStore:
         self._sql = _PostgresStatements(prefix)
         self._limit = min(_VERB_LIMIT, self.lease / 4000)
         self._owner: str | None = None
+        self._held: dict[str, int] = {}  # claimed runs that we know of
 
     def __repr__(self) -> str:
         if self._url is None:
@@ -4344,6 +4353,8 @@ class PostgresStore:
         self._owner, self._hint = owner, hint
         self._loop = asyncio.get_running_loop()
         self._ready = self._pooled = self._warm = False
+        self._held.clear()
+        self._doubtful = -math.inf
         self._idle: list[_PostgresConnection] = []
         self._busy: set[_PostgresConnection] = set()
         self._room = asyncio.Semaphore(_POSTGRES_CONNECTIONS)
@@ -4452,6 +4463,9 @@ class PostgresStore:
         self._busy.add(db)
         try:
             return await self._within(until, db, steps(db))
+        except BaseException:
+            self._doubtful = self._loop.time() + self.lease / 1000  # the server may have done what was asked
+            raise
         finally:
             self._busy.discard(db)
             await self._give_back(db, until)
@@ -4594,7 +4608,9 @@ class PostgresStore:
         await db.fetch(sql.claim, none, none, none, self._owner, self.lease)
 
     async def tick(self, ticks: Sequence[Tick]) -> tuple[int, Sequence[Answer]]:
-        return await self._do(lambda db: self._tick(db, ticks))
+        now, answers = await self._do(lambda db: self._tick(db, ticks))
+        self._held.update((answer.run.id, answer.run.token) for answer in answers if answer.run is not None)
+        return now, answers
 
     async def _tick(self, db: _PostgresConnection, ticks: Sequence[Tick]) -> tuple[int, Sequence[Answer]]:
         now, lasts = await self._lasts(db, ticks)
@@ -4660,28 +4676,41 @@ class PostgresStore:
         return [[stored.pop(call.id, None) for call in calls] for calls, _ in asked]
 
     async def claim(self, free: Mapping[str, tuple[int, int]]) -> News:
-        return await self._do(lambda db: self._claim(db, free))
+        news = await self._do(lambda db: self._claim(db, free))
+        self._held.update((run.id, run.token) for run in news.runs)
+        return news
 
     async def _claim(self, db: _PostgresConnection, free: Mapping[str, tuple[int, int]]) -> News:
+        rows = list[Any]()
+        if self._loop.time() < self._doubtful:
+            held = [*self._held], [*self._held.values()]
+            rows += await db.fetch(self._sql.unheard, [*free], self._owner, *held, self.lease)
         ((now, jobs, next_due, flagged),) = await db.fetch(self._sql.heads, [*free], self._owner)
-        if not jobs:
-            return News(now, [], next_due, flagged)
-        async with self._transaction(db):
-            if len(await db.fetch(self._sql.lock_jobs, jobs)) < len(jobs):
-                raise Unreachable(f"{self!r}: its jobs were deleted")
-            here, everywhere = zip(*(free[job] for job in jobs), strict=True)
-            rows = await db.fetch(self._sql.claim, jobs, here, everywhere, self._owner, self.lease)
+        if jobs:
+            async with self._transaction(db):
+                if len(await db.fetch(self._sql.lock_jobs, jobs)) < len(jobs):
+                    raise Unreachable(f"{self!r}: its jobs were deleted")
+                here, everywhere = zip(*(free[job] for job in jobs), strict=True)
+                rows += await db.fetch(self._sql.claim, jobs, here, everywhere, self._owner, self.lease)
         runs = sorted((Claimed(*row) for row in rows), key=lambda run: (run.at, run.id))
         return News(now, runs, next_due, flagged)
 
     async def beat(self, runs: Mapping[str, int]) -> Mapping[str, bool]:
         args = [*runs], [*runs.values()], self.lease
-        return dict(map(tuple, await self._do(lambda db: db.fetch(self._sql.beat, *args))))
+        known = dict(map(tuple, await self._do(lambda db: db.fetch(self._sql.beat, *args))))
+        self._let_go((id, token) for id, token in runs.items() if id not in known)
+        return known
+
+    def _let_go(self, runs: Iterable[tuple[str, int]]) -> None:
+        for id, token in runs:
+            if self._held.get(id) == token:
+                del self._held[id]
 
     async def settle(self, ended: Sequence[Settlement]) -> Sequence[_Settled]:
         names = "id", "token", "job", "at", "call", "state", "delay", "back", "attempt", "error", "reason", "result"
         args = *_columns(ended, *names), self.keep, self._owner
         rows = await self._do(lambda db: db.fetch(self._sql.settle, *args))
+        self._let_go((end.id, end.token) for end in ended)
         return ["refused" if new is None else "done" if new == old else "cancelled" for old, new, _ in rows]
 
     async def cancel(self, job: str, id: str | None = None) -> Mapping[str, Cancelled]:
@@ -4972,7 +5001,9 @@ class _Redis:
       local run = P .. 'run:' .. id
       local known = call('HMGET', run, 'token', 'owner', 'state', 'cancel', 'awaited', 'tries')
       out[n] = 'done'
-      if known[1] ~= token then
+      if not known[1] then
+        out[n] = 'gone'
+      elseif known[1] ~= token then
         out[n] = 'refused'
       elseif known[3] then
         out[n] = state == 'scheduled' and known[3] == 'cancelled' and 'cancelled' or 'done'
@@ -5435,7 +5466,9 @@ class RedisStore:
         _, answers = await self._each(_Redis.settle, (self.keep,), items)
         for end in ended:
             self._let_go(end.id, end.token)
-        return answers
+        # A tick that succeeded leaves nothing behind: that was said before, if an answer was lost of late.
+        gone: _Settled = "done" if self._loop.time() < self._doubtful else "refused"
+        return [gone if answer == "gone" else answer for answer in answers]
 
     async def cancel(self, job: str, id: str | None = None) -> Mapping[str, Cancelled]:
         found: dict[str, Cancelled] = {}

@@ -4819,7 +4819,7 @@ import bgjob
 from bgjob import current_run, job
 
 log = os.open(os.environ["LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-logging.basicConfig(level=logging.WARNING)
+logging.basicConfig(level=logging.WARNING, format="%(process)d %(message)s")
 
 def note(what):
     run = current_run()
@@ -5568,6 +5568,10 @@ class PostgresServer:
     """A server of the tests' own, which they may kill. Its superuser has a password."""
 
     PASSWORD = "s3cret/w@rd"
+    # The answer to what is committed: the statement's tag, then "ready" and in no transaction.
+    COMMITTED = re.compile(rb"C\0\0\0.(COMMIT|SELECT|INSERT|UPDATE|DELETE)[ \d]*\0Z\0\0\0\x05I\Z", re.DOTALL)
+    HINT = re.compile(rb"\AA\0\0\0")
+    UNREADY = "the database system is"  # starting up, or not yet accepting connections
 
     def __init__(self) -> None:
         folders = [*map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), os.environ["PATH"]]
@@ -5614,6 +5618,11 @@ class PostgresServer:
         login = f"{user}:{quote(self.PASSWORD, safe='')}"
         return f"postgresql://{login}@127.0.0.1:{port or self.port}/{base}?{urlencode(options)}"
 
+    async def fill(self) -> None:
+        """Have it need a second to start again, in which it says so."""
+        await self.execute("CREATE TABLE filler AS SELECT n, repeat('x', 100) FROM generate_series(1, 500000) AS n")
+        await self.execute("DROP TABLE filler")
+
     async def execute(self, sql: str) -> list[Any]:
         async with asyncio.timeout(30):
             while True:
@@ -5638,11 +5647,15 @@ def free_port() -> int:
 
 
 class Wire:
-    """A TCP proxy. It can fall silent, cut what is connected, and lose answers: the server has done what was asked."""
+    """A TCP proxy. It can fall silent, cut what is connected, keep hints back, and lose answers: the server has done
+    what was asked, and the connection is cut, or every tenth time stays open and silent."""
 
-    def __init__(self, port: int, losses: random.Random | None = None, loss: float = 0.0) -> None:
-        self.target, self.losses, self.loss, self.silent = port, losses or random.Random(1), loss, False
-        self.lost = 0
+    def __init__(self, port: int) -> None:
+        self.target, self.silent = port, False
+        self.chance, self.loss, self.lost = random.Random(7), 0.0, 0
+        self.losable: re.Pattern[bytes] = re.compile(b"")
+        self.kept_back: re.Pattern[bytes] | None = None
+        self.kept = 0
         self.writers: set[asyncio.StreamWriter] = set()
 
     async def __aenter__(self) -> "Wire":
@@ -5679,8 +5692,13 @@ class Wire:
     async def carry(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, answers: bool) -> None:
         with contextlib.suppress(OSError):
             while chunk := await source.read(1 << 16):
-                if answers and self.losses.random() < self.loss:
+                if answers and self.kept_back is not None and self.kept_back.search(chunk):
+                    self.kept += 1
+                    continue
+                if answers and self.losable.search(chunk) and self.chance.random() < self.loss:
                     self.lost += 1
+                    while self.lost % 10 == 0 and await source.read(1 << 16):
+                        pass
                     break
                 if not self.silent:
                     sink.write(chunk)
@@ -6060,26 +6078,41 @@ class TestPostgres:
         assert await store.settle([done, done._replace(state=State.SCHEDULED)]) == ["refused", "refused"]
         assert await store.beat({"work#k": new.token}) == {"work#k": False}
         assert await store.settle([done._replace(token=2), done._replace(id="other")]) == ["done", "refused"]
-        assert await store.settle([done._replace(token=2)]) == ["refused"]
+        again = done._replace(token=2)
+        assert await store.settle([again, again._replace(state=State.FAILED), done]) == ["done", "refused", "refused"]
         assert await store.push([call], False) == [None]
         await asyncio.sleep(1.05)
         assert await store.push([call], False) != [None]
         await store.close()
 
     @in_a_loop
-    async def test_lost_answers(self, server: PostgresServer) -> None:
-        """Answers that are lost after the commit: every run runs, and twice only where its lease was lost in between."""
-        work = Work(parallelism=10)
-        (registry, other), (job, _) = instances(2, work)
-        async with Wire(server.port, random.Random(7), loss=0.04) as wire:
-            url = server.url(port=wire.port, prefix=name_prefix(), lease="2s")
-            async with going(url, registry, other):
-                runs = [await job.submit(n) for n in range(60)]
-                assert [await run.result(60) for run in runs] == [*range(60)]
-                assert wire.lost > 5
+    async def test_lost_claims(self, server: PostgresServer) -> None:
+        """Runs that were claimed by a call whose answer was lost come with the next claim, as if that were the first."""
+        async with Wire(server.port) as wire:
+            store = bgjob.PostgresStore(server.url(port=wire.port), prefix=name_prefix())
+            await store.open("me", lambda: None)
+            wire.losable = re.compile(rb"COMMIT\0")
+            now, _ = await store.enlist(
+                {"work": bgjob.Listing("", False, None), "tick": bgjob.Listing("x", False, None)}
+            )
+            await store.push([bgjob.Call(id, "work", None, 0, "") for id in ("one", "two")], False)
+            (known,) = (await store.claim({"work": (1, 9)})).runs
+            ticks = [bgjob.Tick("tick", now + 1, 0, 1, False, 1, 1)]
+            for verb in (lambda: store.claim({"work": (5, 9)}), lambda: store.tick(ticks)):
+                wire.loss = 1.0
+                with pytest.raises(bgjob.Unreachable):
+                    await verb()
                 wire.loss = 0.0
-        assert len({(run.id, run.token) for run in work.begun}) == len(work.begun)
-        assert len(work.begun) < 70
+            _, (answer,) = await store.tick(ticks)
+            assert (answer.word, answer.run) == ("lost", None)
+            found = (await store.claim({"work": (5, 9), "tick": (1, 1)})).runs
+            assert {(run.id, run.tries, run.lost, run.token) for run in found} == {
+                ("two", 1, 0, 1),
+                (ticks[0].id, 1, 0, 1),
+            }
+            assert not (await store.claim({"work": (5, 9), "tick": (1, 1)})).runs
+            assert len(await store.beat({known.id: 1, "two": 1, ticks[0].id: 1, "x": 1})) == 3
+            await store.close()
 
     @in_a_loop
     async def test_hints_cut(self, server: PostgresServer) -> None:
@@ -6128,6 +6161,10 @@ class TestPostgres:
 class RedisServer:
     """A Redis of the test's own, which it can kill; what it stored survives."""
 
+    COMMITTED = re.compile(rb"\A\$\d+\r\n[^#]")  # what a script answers; INFO's answer begins with a #
+    HINT = re.compile(rb"\A\*3\r\n\$7\r\nmessage")
+    UNREADY = "Redis is loading the dataset in memory"
+
     def __init__(self, folder: Path, *options: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -6136,8 +6173,8 @@ class RedisServer:
                         "--appendonly", "yes", "--appendfsync", "always", *options]  # fmt: skip
         self.process: subprocess.Popen[bytes] | None = None
 
-    def url(self, **options: object) -> str:
-        return f"redis://127.0.0.1:{self.port}/?{urlencode(options)}"
+    def url(self, port: int | None = None, **options: object) -> str:
+        return f"redis://127.0.0.1:{port or self.port}/?{urlencode(options)}"
 
     def start(self) -> None:
         self.process = subprocess.Popen(["redis-server", *self.options], stdout=subprocess.DEVNULL)
@@ -6154,6 +6191,11 @@ class RedisServer:
             self.process.kill()
             self.process.wait()
             self.process = None
+
+    async def fill(self) -> None:
+        """Have it need two seconds to start again, in which it says so."""
+        await self.ask("EVAL", "for n = 1, 3000 do redis.call('SET', 'filler' .. n, '') end", 0)
+        self.options += ["--key-load-delay", "600"]
 
     async def ask(self, *words: object) -> Any:
         async with redis_client(f"redis://127.0.0.1:{self.port}") as client:
@@ -6497,6 +6539,22 @@ class TestRedis:
         assert {run.attempt for run in work.begun} == {1}
 
     @in_a_loop
+    async def test_lost_settles(self, redis_server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+        """A tick's success of which nothing is left is taken as told where its answer was lost, else as another's."""
+        async with Proxy(redis_server) as proxy, opened(bgjob.RedisStore(proxy.url())) as store:
+            await store.enlist({"work": bgjob.Listing("x", False, None)})
+            now, _ = await store.tick([])
+            _, (answer,) = await store.tick([bgjob.Tick("work", now, 0, 1, False, 1, 1)])
+            assert answer.run is not None
+            end = an_end(answer.run, State.SUCCEEDED)
+            left = iter([True])
+            proxy.lose = lambda asked: script_of("settle") in asked and next(left, False)
+            assert await store.settle([end]) == ["done"]  # said twice
+            assert proxy.lost == 1
+            store._doubtful = -1.0
+            assert await store.settle([end]) == ["refused"]
+
+    @in_a_loop
     async def test_beat_ends_an_outage(self, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch,
                                        caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
         """Whatever the back-off, a beat that comes through ends an outage, also one that was longer than a lease, and
@@ -6800,6 +6858,80 @@ class TestRedis:
             held = store._held.copy()
             assert len(await store.beat(held)) == 1210
             assert len(await store.cancel("work")) == 1200
+
+
+@pytest.fixture(params=["server", "redis_server"])
+def own(request: pytest.FixtureRequest) -> PostgresServer | RedisServer:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+class TestServers:
+    """Faults of a server, of the way to it and of the machines' clocks, with real processes: the same on both."""
+
+    JOBS = """
+        @job(parallelism=20)
+        async def work(n, seconds=0.05):
+            with noted():
+                await asyncio.sleep(seconds)
+            return n
+
+        @job(every="500ms", overlap="all", parallelism=9)
+        async def tick():
+            with noted():
+                await asyncio.sleep(0.02)
+    """
+
+    def whole(self, group: Workers) -> list[int]:
+        """The ticks that started; none may be missing between the first and the last."""
+        ticks = sorted(tick_of(id) for id in group.starts() if id.startswith("tick"))
+        return ticks if ticks == [*range(ticks[0], ticks[-1] + 500, 500)] else []
+
+    def outages(self, group: Workers) -> dict[int, list[str]]:
+        """What each process said of the store: in turn that it is unreachable, and that it is back."""
+        found: dict[int, list[str]] = {worker.pid: [] for worker in group.live}
+        for pid, line in re.findall(r"^(\d+) (store .*)$", group.said, re.MULTILINE):
+            found[int(pid)].append(line)
+        for lines in found.values():
+            for n, line in enumerate(lines):
+                assert line.startswith("store back after " if n % 2 else "store unreachable: "), lines
+        return found
+
+    async def settled(self, group: Workers, runs: list[Run]) -> None:
+        """Until all have ended and no tick is missing, and for every process the outage is over."""
+        await until(lambda: {run.id for run in runs} <= {event.id for event in group.events("end")})
+        await until(lambda: self.whole(group))
+        await until(lambda: not any(len(lines) % 2 for lines in self.outages(group).values()))
+        assert [worker.poll() for worker in group.live] == [None] * len(group.live)
+
+    def repeats(self, group: Workers) -> int:
+        """How many starts were not the first of their run. Each is recorded as another attempt."""
+        starts = group.starts().values()
+        for claims in starts:
+            assert all(lost.attempt < again.attempt for lost, again in itertools.pairwise(claims)), claims
+        return sum(map(len, starts)) - len(starts)
+
+    @in_a_loop
+    async def test_lost_answers(self, own: PostgresServer | RedisServer, tmp_path: Path) -> None:
+        """A fifth of all answers is lost after the commit: all runs and ticks end, as good as none starts twice."""
+        number = 1000 if THOROUGH else 150
+        async with Wire(own.port) as wire:
+            url = own.url(port=wire.port, prefix=name_prefix(), lease="4s")
+            with Workers(tmp_path, url, self.JOBS) as group:
+                group.start(3)
+                await group.wait("start", 3)
+                wire.losable, wire.loss = own.COMMITTED, 0.2
+                runs: list[Run] = []
+                async with client(group) as jobs:
+                    while len(runs) < number:
+                        runs += await asyncio.gather(*(jobs["work"].submit(len(runs) + n) for n in range(5)))
+                    await until(lambda: {run.id for run in runs} <= {event.id for event in group.events("end")})
+                    wire.loss = 0.0
+                    assert [await run.result(30) for run in runs] == [*range(number)]
+                    await self.settled(group, runs)
+                await asyncio.to_thread(group.stop)
+        assert wire.lost > number / 4
+        assert self.repeats(group) <= number / 20
 
 
 JOBS = """
