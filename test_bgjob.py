@@ -5210,26 +5210,36 @@ class TestProcesses:
             assert sum(event.at > signalled.get(id, 1 << 63) for event in starts) <= 1, starts
 
     @in_a_loop
-    async def test_blocked(self, tmp_path: Path, workers: Callable[..., Workers], place: SQLitePlace) -> None:
-        """A job that blocks its loop for longer than the lease isn't overtaken where a thread can beat."""
-        if not isinstance(place, SQLitePlace):
-            pytest.skip("only SQLite's beats come from a thread")
-        group = workers("""
-            @job
-            async def block():
-                with noted():
+    @pytest.mark.parametrize("then", ["await asyncio.sleep(0.5)", "pass"])
+    async def test_blocked(self, workers: Callable[..., Workers], place: SQLitePlace, then: str) -> None:
+        """A job that blocks its loop for longer than the lease isn't overtaken where a thread can beat. Elsewhere it is,
+        once: its result is refused with a warning, also if it never waits again, and its process works on."""
+        group = workers(f"""{self.JOBS}
+        @job
+        async def block():
+            with noted():
+                if current_run().attempt == 1:
                     time.sleep(3)
-                    await asyncio.sleep(0.1)
-                return os.getpid()
+                    {then}
+            return os.getpid()
         """, lease="1s")  # fmt: skip
         (first,) = group.start()
         async with client(group) as jobs:
             run = await jobs["block"].submit()
             await group.wait("start", 1)
-            group.start()
-            assert await run.result(60) == first.pid
+            (second,) = group.start()
+            if isinstance(place, SQLitePlace):
+                assert await run.result(60) == first.pid
+                group.stop()
+                assert [(event.what, event.token) for event in group.events()] == [("start", 1), ("end", 1)]
+                return
+            await group.wait("end" if then == "pass" else "cut", 2 if then == "pass" else 1)
+            assert (await run.result(60), run.attempt) == (second.pid, 2)
+            group.kill(second)
+            assert await (await jobs["work"].submit(1)).result(60) == [1, first.pid]
         group.stop()
-        assert [(event.what, event.token) for event in group.events()] == [("start", 1), ("end", 1)]
+        assert [(event.pid, event.attempt) for event in group.starts()[run.id]] == [(first.pid, 1), (second.pid, 2)]
+        assert group.said.count(f"{first.pid} block {run.id}: lease lost; its attempt 1 here does not count") == 1
 
     @in_a_loop
     async def test_submitter_exits(self, workers: Callable[..., Workers]) -> None:
@@ -6932,6 +6942,112 @@ class TestServers:
                 await asyncio.to_thread(group.stop)
         assert wire.lost > number / 4
         assert self.repeats(group) <= number / 20
+
+    @in_a_loop
+    async def test_restarts(self, own: PostgresServer | RedisServer, tmp_path: Path) -> None:
+        """A server that dies during runs, and then says for a while that it is starting, is one outage, which two lines
+        tell. Nothing is lost, nothing is twice."""
+        number = 5 if THOROUGH else 1
+        with Workers(tmp_path, own.url(prefix=name_prefix(), lease="20s"), self.JOBS) as group:
+            group.start(3)
+            await own.fill()
+            await group.wait("start", 3)
+            async with client(group) as jobs:
+                runs: list[Run] = []
+                for _ in range(number):
+                    runs += [await jobs["work"].submit(n, n % 5) for n in range(len(runs), len(runs) + 40)]
+                    await group.wait("start", len(group.events("start")) + 5)
+                    own.kill()
+                    await asyncio.sleep(0.5)
+                    await asyncio.to_thread(own.start)
+                    await self.settled(group, runs)
+                assert [await run.result(30) for run in runs] == [*range(40 * number)]
+            said = self.outages(group)
+            group.stop()
+        assert [len(lines) for lines in said.values()] == [2 * number] * 3
+        assert own.UNREADY in str(said) or not THOROUGH  # it may have been quicker than all back-offs
+        assert self.repeats(group) == 0
+
+    @in_a_loop
+    async def test_demoted(self, redis_server: RedisServer, tmp_path: Path) -> None:
+        """A Redis that is a replica for a while, which only reads, or without its master not even that, is one outage,
+        which two lines tell. Nothing is lost, nothing is twice."""
+        with Workers(tmp_path, redis_server.url(prefix=name_prefix(), lease="20s"), self.JOBS) as group:
+            group.start(3)
+            await group.wait("start", 3)
+            async with client(group) as jobs:
+                runs: list[Run] = []
+                for stale in ("yes", "no"):
+                    runs += [await jobs["work"].submit(n, n % 5 / 2) for n in range(len(runs), len(runs) + 40)]
+                    await group.wait("start", len(group.events("start")) + 5)
+                    await redis_server.ask("CONFIG", "SET", "replica-serve-stale-data", stale)
+                    await redis_server.ask("REPLICAOF", "127.0.0.1", free_port())
+                    await asyncio.sleep(2)
+                    await redis_server.ask("REPLICAOF", "NO", "ONE")
+                    await self.settled(group, runs)
+                assert [await run.result(30) for run in runs] == [*range(80)]
+            said = self.outages(group)
+            group.stop()
+        for lines in said.values():
+            assert len(lines) == 4
+            assert "You can't write against a read only replica" in lines[0]
+            assert "MASTERDOWN" in lines[2] or "Link with MASTER is down" in lines[2]
+        assert self.repeats(group) == 0
+
+    @in_a_loop
+    async def test_hints_kept_back(self, own: PostgresServer | RedisServer, tmp_path: Path) -> None:
+        """Where no hint arrives, though their connection looks whole, all is found by looking: what others submit, what
+        is due again, what is to be cancelled, and the ticks."""
+        async with Wire(own.port) as wire:
+            wire.kept_back = own.HINT
+            url = own.url(port=wire.port, prefix=name_prefix(), lease="6s")
+            with Workers(tmp_path, url, self.JOBS) as group:
+                group.start(2)
+                await group.wait("start", 2)
+                async with client(group) as jobs:
+                    runs = [await jobs["work"].submit(n) for n in range(20)]
+                    runs += [await jobs["work"].after("1s").submit(n) for n in range(20, 30)]
+                    long = await jobs["work"].submit(30, 600)
+                    assert [await run.result(20) for run in runs] == [*range(30)]
+                    await until(lambda: long.id in group.starts())
+                    assert await long.cancel()
+                    with pytest.raises(RunCancelled):
+                        await long.result(20)
+                    await self.settled(group, runs)
+                await asyncio.to_thread(group.stop)
+        assert wire.kept > 0
+        assert self.repeats(group) == 0
+        assert "unreachable" not in group.said
+
+    @in_a_loop
+    @pytest.mark.parametrize("skews", [["-2", "0", "0.2", "2"], ["0.2"]], ids=["four", "lone"])
+    async def test_skewed_clocks(self, own: PostgresServer | RedisServer, tmp_path: Path, skews: list[str]) -> None:
+        """Whatever the clocks of the machines say: each tick exactly once, none missing, and by the server's clock none
+        early. One that is alone and 0.2 s fast misses nothing."""
+        jobs = """
+            real, skew = time.time, float(os.environ["SKEW"])
+            time.time = lambda: real() + skew
+
+            @job(every="100ms", overlap="all", parallelism=4)
+            async def fast():
+                note("start")
+
+            @job(every="1s", overlap="all", parallelism=4)
+            async def slow():
+                note("start")
+        """
+        with Workers(tmp_path, own.url(prefix=name_prefix()), jobs) as group:
+            for skew in skews:
+                group.start(1, SKEW=skew)
+            await group.wait("start", 600 if THOROUGH else 40, patience=120)
+            group.stop()
+        for job, every in (("fast", 100), ("slow", 1000)):
+            events = [event for event in group.events() if event.id.startswith(job)]
+            ticks = [tick_of(event.id) for event in events]
+            assert sorted(ticks) == [*range(min(ticks), max(ticks) + every, every)]
+            assert all(event.at >= tick * 1_000_000 for event, tick in zip(events, ticks, strict=True))
+        assert len({event.pid for event in group.events()}) >= min(2, len(skews))
+        assert "unreachable" not in group.said
 
 
 JOBS = """
