@@ -6074,13 +6074,13 @@ class TestPostgres:
     @in_a_loop
     async def test_fence(self, server: PostgresServer) -> None:
         """What was claimed by another meanwhile is neither extended nor settled; a key is free after `keep`."""
-        store = bgjob.PostgresStore(server.url(), prefix="fence", lease="1s", keep="1s")
+        store = bgjob.PostgresStore(server.url(), prefix="fence", lease="2s", keep="1s")
         await store.open("me", lambda: None)
         await store.enlist({"work": bgjob.Listing("", False, None)})
         call = bgjob.Call("work#k", "work", None, 0, "")
         assert await store.push([call], False) != [None]
         (old,) = (await store.claim({"work": (1, 1)})).runs
-        await asyncio.sleep(1.05)
+        await asyncio.sleep(2.05)
         (new,) = (await store.claim({"work": (1, 1)})).runs
         assert (new.tries, new.lost, new.token) == (2, 1, 2)
         done = bgjob.Settlement("work#k", 1, "work", old.at, True, State.SUCCEEDED, 0, False, 1, None, None, "1")
