@@ -6559,6 +6559,7 @@ class TestRedis:
         """A tick's success of which nothing is left is taken as told where its answer was lost, else as another's."""
         async with Proxy(redis_server) as proxy, opened(bgjob.RedisStore(proxy.url())) as store:
             await store.enlist({"work": bgjob.Listing("x", False, None)})
+            await store.settle([])  # so that the server knows the script
             now, _ = await store.tick([])
             _, (answer,) = await store.tick([bgjob.Tick("work", now, 0, 1, False, 1, 1)])
             assert answer.run is not None
