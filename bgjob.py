@@ -3839,7 +3839,7 @@ class SQLiteStore:
         while not self._stopped:
             # Now and then in any case: a few large runs make the log long without stirring, and a checkpoint gives way.
             late_in = self._beaten + self.lease / 2000 - self._loop.time()
-            stirred = self._stir.wait(min(_GLANCE, max(late_in, self.lease / 20_000)))
+            stirred = self._stir.wait(min(2 * _GLANCE, max(late_in, self.lease / 20_000)))
             self._stir.clear()
             if not (stirred or self._log_is_long() or self._is_late()):
                 continue
