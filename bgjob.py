@@ -1657,7 +1657,7 @@ class News(NamedTuple):
 
 class Settlement(NamedTuple):
     """The end of an attempt: the run's last state, or "scheduled", which is again after `delay`, or if `back` at once
-    and as if it had not been claimed."""
+    and as if it had not been claimed. `reason` is that of the state, of an again that of a run found cancelled."""
 
     id: str
     token: int
@@ -2816,9 +2816,10 @@ class _Ended(NamedTuple):
     def settlement(self) -> Settlement:
         run = self.run
         result = None if self.state is not _SUCCEEDED else "null" if run._value is None else _result_json(run._value)
+        reason = _Stop.CANCEL if self.state is _SCHEDULED else self.reason or run.reason
         return Settlement(
             run.id, run._token, run.job, run._at, run.call, self.state, self.delay, self.back,
-            run.attempt, run.error, self.reason or run.reason, result,
+            run.attempt, run.error, reason, result,
         )  # fmt: skip
 
 
@@ -3984,17 +3985,17 @@ class SQLiteStore:
         return self._held.get(end.id) == end.token
 
     def _settle_one(self, db: sqlite3.Connection, end: Settlement, now: int) -> _Settled:
-        state, reason = end.state, end.reason
+        state = end.state
         if state is _SCHEDULED:
             due = end.at if end.back else now + end.delay
             if db.execute(self._sql.again, (due, end.back, end.error, end.id, end.token)).rowcount:
                 return "done"
-            state, reason = _CANCELLED, _Stop.CANCEL
+            state = _CANCELLED
         row = db.execute(self._sql.finish, (end.id, end.token)).fetchone()
         if row is None:
             return "refused"
         args, owner, since, awaited = row
-        past = (end.id, end.job, state, end.at, args, end.attempt, end.token, owner, since, now, end.error, reason)
+        past = (end.id, end.job, state, end.at, args, end.attempt, end.token, owner, since, now, end.error, end.reason)
         db.execute(self._sql.remember, (*past, end.result))
         if awaited:
             self._wake_others()

@@ -2862,7 +2862,8 @@ def a_call(id: str, job: str = "work", delay: int = 0) -> bgjob.Call:
 def an_end(
     run: bgjob.Claimed, state: State, delay: int = 0, back: bool = False, error: str | None = None
 ) -> bgjob.Settlement:
-    return bgjob.Settlement(run.id, run.token, run.job, run.at, run.call, state, delay, back, 1, error, None, "null")
+    reason = "cancelled on request" if state is State.SCHEDULED else None
+    return bgjob.Settlement(run.id, run.token, run.job, run.at, run.call, state, delay, back, 1, error, reason, "null")
 
 
 @contextmanager
@@ -2985,6 +2986,23 @@ class TestConformance:
             assert await old.cancel()
             assert await (await other.after(0, key="k").submit(2)).result(20) == 2
             assert (work.args, old.state) == ([2], State.CANCELLED)
+
+    @in_a_loop
+    async def test_cancelled_as_it_failed(self, place: SQLitePlace) -> None:
+        """A failure whose retry the store refuses, for the run was cancelled meanwhile, ends cancelled and says why."""
+        here, there = Registry(), Registry()
+
+        @here.job(retries=3)
+        async def work() -> None:
+            await (await there.find(current_run().id)).cancel()
+            here._engine._hint = lambda: None  # told of it too late
+            raise ValueError
+
+        async with going(place.url(), here), going(place.url(), there, jobs=[]):
+            run = await work.submit()
+            with pytest.raises(RunCancelled, match="was cancelled: cancelled on request"):
+                await run.result(20)
+            assert (await there.find(run.id)).reason == "cancelled on request"
 
     @in_a_loop
     async def test_tokens_of_a_key(self, place: SQLitePlace) -> None:
@@ -3882,7 +3900,7 @@ class TestVerbs:
                 None, State.SUCCEEDED, State.SUCCEEDED, State.FAILED, State.CANCELLED,
             ]  # fmt: skip
             assert (rows[1].result, rows[1].args, rows[1].attempt) == ("null", "[[1],{}]", 1)
-            assert rows[3].error == "E"
+            assert (rows[3].error, rows[4].reason) == ("E", "cancelled on request")
 
     @in_a_loop
     @pytest.mark.parametrize("several", [False, True])
@@ -4198,13 +4216,17 @@ class TestSQLite:
             store._look()
             store._db = whole
 
-            def fill_up(db: sqlite3.Connection, *_: object) -> None:
-                db.execute("ROLLBACK")  # as SQLite does by itself then
-                raise broken.error
+            class Full:
+                def execute(self, sql: str, *values: object) -> sqlite3.Cursor:
+                    if sql != store._sql.push:
+                        return whole.execute(sql, *values)
+                    whole.execute("ROLLBACK")  # as SQLite does by itself then
+                    raise broken.error
 
-            broken.error.sqlite_errorcode, store._push_one = sqlite3.SQLITE_FULL, fill_up
+            broken.error.sqlite_errorcode, store._db = sqlite3.SQLITE_FULL, Full()
             with pytest.raises(bgjob.Unreachable):
                 await store.push([a_call("1"), a_call("2")], False)
+            store._db = whole
 
     @in_a_loop
     async def test_replaced(self, tmp_path: Path) -> None:
