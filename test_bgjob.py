@@ -3993,7 +3993,7 @@ async def fill(store: SQLiteStore, number: int) -> None:
     with store._transaction() as db:
         for job, due in (("job", 1 << 50), ("blocked", 0)):
             rows = ((f"{job} {n} of {number}", job, due + n) for n in range(number))
-            db.executemany("INSERT INTO bgjob_run(id, job, due, at, call) VALUES(?1, ?2, ?3, 0, 1)", rows)
+            db.executemany("INSERT INTO bgjob_run(id, job, due, at, call) VALUES(?, ?, ?, 0, 1)", rows)
 
 
 @contextmanager
