@@ -3002,7 +3002,8 @@ class TestConformance:
             run = await work.submit()
             with pytest.raises(RunCancelled, match="was cancelled: cancelled on request"):
                 await run.result(20)
-            assert (await there.find(run.id)).reason == "cancelled on request"
+            found = await there.find(run.id)
+            assert (found.reason, found.error) == ("cancelled on request", "ValueError")
 
     @in_a_loop
     async def test_tokens_of_a_key(self, place: SQLitePlace) -> None:
@@ -4613,20 +4614,6 @@ class TestSQLite:
         await store.push([bgjob.Call(str(n), "job", None, HOUR, "") for n in range(1000)], False)
         assert await steps(store, store.cancel("job", "7")) < 1000
         await store.close()
-
-    @in_a_loop
-    async def test_cancelled_before_a_retry(self, tmp_path: Path) -> None:
-        """An attempt that fails when it has just been cancelled elsewhere is the last, and the reason is the cancel."""
-        store = SQLiteStore(tmp_path / "jobs.db")
-        await store.open("me", lambda: None)
-        await store.push([bgjob.Call("one", "job", None, 0, "")], False)
-        (run,) = (await store.claim({"job": (1, 1)})).runs
-        assert (await store.cancel("job", "one"))["one"].signalled
-        end = bgjob.Settlement("one", run.token, "job", run.at, True, State.SCHEDULED, 0, False, 1, "E", None, None)
-        assert await store.settle([end]) == ["cancelled"]
-        row = await store.find("one")
-        await store.close()
-        assert (row.state, row.reason, row.error) == (State.CANCELLED, "cancelled on request", "E")
 
     @in_a_loop
     async def test_locked_for_long(
