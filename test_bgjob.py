@@ -86,7 +86,9 @@ from bgjob import (
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MINUTE, HOUR, DAY = 60_000, 3_600_000, 86_400_000
-THOROUGH = "BGJOB_TEST_THOROUGH" in os.environ  # minutes where it else takes seconds
+THOROUGH = int(
+    os.environ.get("BGJOB_TEST_THOROUGH", "0")
+)  # so many random schedules, and minutes of faults for seconds
 
 
 def at(*parts: int, zone: str = "UTC", fold: int = 0) -> int:
@@ -803,7 +805,6 @@ class Texts:
 
 
 PIECES = ["*", "*/5", "5", "0", "31", "30", "29W", "L", "LW", "5L", "5#5", "1-7", "7-1/3", "2", "12", "?", "59,1"]
-THOROUGH = int(os.environ.get("BGJOB_TEST_THOROUGH", "0"))
 
 
 def compare(seconds: bool, number: int) -> None:
