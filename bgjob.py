@@ -2962,7 +2962,6 @@ class _Shared(_Engine):
     def _plan(self) -> None:
         """Look again when the next run is due, and now and then even so: hints may be lost, and instances die. That
         counts from the last look everywhere, or a tick every second would put it off for ever."""
-        self._read_clocks()
         if self._poll is not None:
             self._poll.cancel()
         when = min(self._next_due / 1000 - self._offset, self._looked + self._store.poll / 1000)
@@ -3488,36 +3487,48 @@ def _decide(tick: Tick, now: int, last: int, unfinished: int, busy: int, waiting
     return Answer(tick, "won", tick.at, Claimed(tick.id, tick.job, tick.at, False, "", 1, 0, 1, False))
 
 
-_SQLITE_ROW = """id, job, CASE WHEN owner IS NOT NULL AND due > ? THEN 'running' ELSE 'scheduled' END, at, due, args,
-    tries, token, owner, since, NULL, error, NULL, NULL"""
-_SQLITE_PAST = "id, job, state, at, finished, args, attempt, token, owner, since, finished, error, reason, result"
+def _let_go(held: dict[str, int], runs: Iterable[tuple[str, int]]) -> None:
+    """Forget claims, unless the run has been claimed again under another token."""
+    for id, token in runs:
+        if held.get(id) == token:
+            del held[id]
 
 
-class _SQLiteStatements(_Statements):
-    """The immediate transaction that most stand in serialises writers, so that counts and limits are exact."""
-
-    schema: str = """
+def _schema(tick: str, run: str, past: str) -> str:
+    """The tables that the SQL stores have in common, which differ in their options."""
+    return f"""
         CREATE TABLE IF NOT EXISTS bgjob_tick(
-          job TEXT PRIMARY KEY, last INTEGER NOT NULL, schedule TEXT NOT NULL, timeout INTEGER) WITHOUT ROWID;
+          job TEXT PRIMARY KEY, last BIGINT NOT NULL, schedule TEXT NOT NULL, timeout BIGINT) {tick};
         CREATE TABLE IF NOT EXISTS bgjob_run(
-          id TEXT PRIMARY KEY, job TEXT NOT NULL, due INTEGER NOT NULL, at INTEGER NOT NULL, call INTEGER NOT NULL,
+          id TEXT PRIMARY KEY, job TEXT NOT NULL, due BIGINT NOT NULL, at BIGINT NOT NULL, call INTEGER NOT NULL,
           args TEXT NOT NULL DEFAULT '', tries INTEGER NOT NULL DEFAULT 0, lost INTEGER NOT NULL DEFAULT 0,
-          token INTEGER NOT NULL DEFAULT 0, owner TEXT, since INTEGER, error TEXT, cancel INTEGER NOT NULL DEFAULT 0,
-          awaited INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;
+          token INTEGER NOT NULL DEFAULT 0, owner TEXT, since BIGINT, error TEXT, cancel INTEGER NOT NULL DEFAULT 0,
+          awaited INTEGER NOT NULL DEFAULT 0) {run};
         CREATE INDEX IF NOT EXISTS bgjob_due ON bgjob_run(job, due, id);
         CREATE INDEX IF NOT EXISTS bgjob_busy ON bgjob_run(job) WHERE owner IS NOT NULL;
         CREATE INDEX IF NOT EXISTS bgjob_ticks ON bgjob_run(job) WHERE call = 0;
         CREATE INDEX IF NOT EXISTS bgjob_flagged ON bgjob_run(owner) WHERE cancel = 1;
         CREATE TABLE IF NOT EXISTS bgjob_past(
-          id TEXT PRIMARY KEY, job TEXT NOT NULL, state TEXT NOT NULL, at INTEGER NOT NULL, args TEXT NOT NULL,
-          attempt INTEGER NOT NULL, token INTEGER NOT NULL, owner TEXT, since INTEGER, finished INTEGER NOT NULL,
-          error TEXT, reason TEXT, result TEXT) WITHOUT ROWID;
-        CREATE INDEX IF NOT EXISTS bgjob_past_finished ON bgjob_past(finished);
+          id TEXT PRIMARY KEY, job TEXT NOT NULL, state TEXT NOT NULL, at BIGINT NOT NULL, args TEXT NOT NULL,
+          attempt INTEGER NOT NULL, token INTEGER NOT NULL, owner TEXT, since BIGINT, finished BIGINT NOT NULL,
+          error TEXT, reason TEXT, result TEXT) {past};
+        CREATE INDEX IF NOT EXISTS bgjob_past_finished ON bgjob_past(finished);"""
+
+
+_PAST_ROW = "id, job, state, at, finished, args, attempt, token, owner, since, finished, error, reason, result"
+_SQLITE_ROW = """id, job, CASE WHEN owner IS NOT NULL AND due > ? THEN 'running' ELSE 'scheduled' END, at, due, args,
+    tries, token, owner, since, NULL, error, NULL, NULL"""
+
+
+class _SQLiteStatements(_Statements):
+    """The immediate transaction that most stand in serialises writers, so that counts and limits are exact."""
+
+    schema: str = f"""{_schema("WITHOUT ROWID", "WITHOUT ROWID", "WITHOUT ROWID")}
         CREATE TABLE IF NOT EXISTS bgjob_peer(owner TEXT PRIMARY KEY, port INTEGER NOT NULL, seen INTEGER NOT NULL);"""
     enlist: str = """INSERT INTO bgjob_tick(job, last, schedule, timeout) VALUES(?, ?, ?, ?) ON CONFLICT(job)
         DO UPDATE SET last = CASE WHEN schedule = excluded.schedule THEN last ELSE excluded.last END,
         schedule = excluded.schedule, timeout = excluded.timeout"""
-    last: str = "SELECT job, last FROM bgjob_tick WHERE job IN (SELECT value FROM json_each(?))"
+    last: str = "SELECT job, last FROM bgjob_tick WHERE job IN (SELECT key FROM json_each(?))"
     # how far the others have gone with the ticks that are asked for: the least and the most
     ahead: str = """SELECT min(ifnull(last, 0) - value), max(ifnull(last, 0) - value)
         FROM json_each(?) LEFT JOIN bgjob_tick ON job = key"""
@@ -3525,7 +3536,7 @@ class _SQLiteStatements(_Statements):
     facts: str = """SELECT t.job, t.last, (SELECT count(*) FROM bgjob_run r WHERE r.job = t.job AND r.call = 0),
         (SELECT count(*) FROM bgjob_run r WHERE r.job = t.job AND r.owner IS NOT NULL),
         EXISTS(SELECT 1 FROM bgjob_run r WHERE r.job = t.job AND r.due <= ?)
-        FROM bgjob_tick t WHERE t.job IN (SELECT value FROM json_each(?))"""
+        FROM bgjob_tick t WHERE t.job IN (SELECT key FROM json_each(?))"""
     handed_out: str = "UPDATE bgjob_tick SET last = ? WHERE job = ?"
     won: str = """INSERT INTO bgjob_run(id, job, due, at, call, tries, token, owner, since)
         VALUES(?, ?, ?, ?, 0, ?, ?, ?, ?) ON CONFLICT DO NOTHING"""
@@ -3562,13 +3573,13 @@ class _SQLiteStatements(_Statements):
         SELECT id FROM bgjob_run WHERE ? IS NULL AND job = ? AND (owner IS NULL OR due <= ?) LIMIT 1000)
         RETURNING id, job, at, args, tries, token, owner, since, error"""
     find: str = f"SELECT {_SQLITE_ROW}, awaited FROM bgjob_run WHERE id = ?"
-    find_past: str = f"SELECT {_SQLITE_PAST} FROM bgjob_past WHERE id = ?"
+    find_past: str = f"SELECT {_PAST_ROW} FROM bgjob_past WHERE id = ?"
     jobs: str = "SELECT job, last, schedule, timeout FROM bgjob_tick ORDER BY job"
     running: str = f"SELECT {_SQLITE_ROW} FROM bgjob_run WHERE owner IS NOT NULL AND +due > ? ORDER BY since"
     due: str = f"SELECT {_SQLITE_ROW} FROM bgjob_run WHERE tries = 0 ORDER BY due, id LIMIT ?"
     retrying: str = f"""SELECT {_SQLITE_ROW} FROM bgjob_run WHERE tries > 0 AND (owner IS NULL OR due <= ?)
         ORDER BY due, id LIMIT ?"""
-    failed: str = f"""SELECT {_SQLITE_PAST} FROM bgjob_past WHERE state = 'failed'
+    failed: str = f"""SELECT {_PAST_ROW} FROM bgjob_past WHERE state = 'failed'
         ORDER BY finished DESC LIMIT ?"""
     watch: str = "UPDATE bgjob_run SET awaited = 1 WHERE id = ?"
     peers: str = "SELECT owner, port FROM bgjob_peer WHERE owner <> ?"
@@ -3609,8 +3620,7 @@ class SQLiteStore:
         self._file = self.path if self.path == ":memory:" else os.path.abspath(self.path)
         self.lease: int = _lease(lease)
         self.keep: int = _duration("keep", keep, 1)
-        self._prefix = _checked_prefix(prefix)
-        self._sql = _SQLiteStatements(prefix)
+        self._sql = _SQLiteStatements(_checked_prefix(prefix))
         self._db: sqlite3.Connection | None = None
         self._held: dict[str, int] = {}
         self._writes = 0
@@ -3873,7 +3883,7 @@ class SQLiteStore:
     # The verbs
 
     async def enlist(self, jobs: Mapping[str, Listing]) -> tuple[int, Mapping[str, int]]:
-        names = _dumps([*jobs])
+        names = _dumps(dict.fromkeys(jobs))
         now = await self._begin()
         with self._transaction() as db:
             known = dict(db.execute(self._sql.last, (names,)).fetchall())
@@ -3883,12 +3893,12 @@ class SQLiteStore:
             return now, dict(db.execute(self._sql.last, (names,)).fetchall())
 
     async def tick(self, ticks: Sequence[Tick]) -> tuple[int, Sequence[Answer]]:
-        names, asked = _dumps([tick.job for tick in ticks]), _dumps({tick.job: tick.at for tick in ticks})
+        asked = _dumps({tick.job: tick.at for tick in ticks})
         pause = 0.001 + 2e-5 * len(ticks)
         for _ in range(4):
             least, most = (await self._patiently(self._sql.ahead, (asked,))).fetchone()
             if least >= 0:  # most often: another instance was first
-                last = dict((await self._patiently(self._sql.last, (names,))).fetchall()) if most else {}
+                last = dict((await self._patiently(self._sql.last, (asked,))).fetchall()) if most else {}
                 return _wall_ms(), [Answer(tick, "lost", last.get(tick.job, tick.at)) for tick in ticks]
             if self._begin_at_once():
                 now = _wall_ms()
@@ -3898,7 +3908,7 @@ class SQLiteStore:
         else:
             now = await self._begin()
         with self._transaction() as db:
-            facts = {job: fact for job, *fact in db.execute(self._sql.facts, (now, names))}
+            facts = {job: fact for job, *fact in db.execute(self._sql.facts, (now, asked))}
             if len(facts) < len(ticks):
                 raise Unreachable(f"{self!r}: its jobs were deleted")
             decided = [_decide(tick, now, *facts[tick.job]) for tick in ticks]
@@ -4076,7 +4086,6 @@ _POSTGRES_CLOCK = "floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
 
 _POSTGRES_ROW = f"""id, job, CASE WHEN owner IS NOT NULL AND due > {_POSTGRES_NOW} THEN 'running' ELSE 'scheduled' END,
     at, due, args, tries, token, owner, since, NULL::bigint, error, NULL::text, NULL::text"""
-_POSTGRES_PAST = "id, job, state, at, finished, args, attempt, token, owner, since, finished, error, reason, result"
 _POSTGRES_REMEMBER = """INSERT INTO bgjob_past(id, job, state, at, args, attempt, token, owner, since, finished, error,
         reason, result)"""
 _POSTGRES_REPLACE = """ON CONFLICT (id) DO UPDATE SET (job, state, at, args, attempt, token, owner, since, finished,
@@ -4089,23 +4098,7 @@ class _PostgresStatements(_Statements):
     """A statement sees what was committed when it began. Hence limits are counted in another one than takes the locks,
     and rows are locked in the order of their keys, before they are changed by `id = ANY(ARRAY(…))`, which is a seek."""
 
-    schema: str = """
-        CREATE TABLE IF NOT EXISTS bgjob_tick(
-          job TEXT PRIMARY KEY, last BIGINT NOT NULL, schedule TEXT NOT NULL, timeout BIGINT) WITH (fillfactor = 70);
-        CREATE TABLE IF NOT EXISTS bgjob_run(
-          id TEXT PRIMARY KEY, job TEXT NOT NULL, due BIGINT NOT NULL, at BIGINT NOT NULL, call INTEGER NOT NULL,
-          args TEXT NOT NULL DEFAULT '', tries INTEGER NOT NULL DEFAULT 0, lost INTEGER NOT NULL DEFAULT 0,
-          token INTEGER NOT NULL DEFAULT 0, owner TEXT, since BIGINT, error TEXT, cancel INTEGER NOT NULL DEFAULT 0,
-          awaited INTEGER NOT NULL DEFAULT 0) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02);
-        CREATE INDEX IF NOT EXISTS bgjob_due ON bgjob_run(job, due, id);
-        CREATE INDEX IF NOT EXISTS bgjob_busy ON bgjob_run(job) WHERE owner IS NOT NULL;
-        CREATE INDEX IF NOT EXISTS bgjob_ticks ON bgjob_run(job) WHERE call = 0;
-        CREATE INDEX IF NOT EXISTS bgjob_flagged ON bgjob_run(owner) WHERE cancel = 1;
-        CREATE TABLE IF NOT EXISTS bgjob_past(
-          id TEXT PRIMARY KEY, job TEXT NOT NULL, state TEXT NOT NULL, at BIGINT NOT NULL, args TEXT NOT NULL,
-          attempt INTEGER NOT NULL, token INTEGER NOT NULL, owner TEXT, since BIGINT, finished BIGINT NOT NULL,
-          error TEXT, reason TEXT, result TEXT);
-        CREATE INDEX IF NOT EXISTS bgjob_past_finished ON bgjob_past(finished);"""
+    schema: str = _schema("WITH (fillfactor = 70)", "WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02)", "")
     # a client that stops in the middle keeps its locks no longer than this
     begin: str = """BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL idle_in_transaction_session_timeout = 1000;
         SET LOCAL lock_timeout = 4000; SET LOCAL statement_timeout = 4000"""
@@ -4219,7 +4212,7 @@ class _PostgresStatements(_Statements):
         SELECT id, running, at, pg_notify('bgjob_wake', $4::text)::text FROM found"""
     find: str = f"""WITH watched AS (UPDATE bgjob_run SET awaited = 1 WHERE id = ANY(ARRAY(SELECT id FROM bgjob_run
             WHERE id = ANY($2::text[]) AND awaited = 0 ORDER BY id FOR NO KEY UPDATE)))
-        SELECT {_POSTGRES_PAST} FROM bgjob_past WHERE id = ANY($1::text[])
+        SELECT {_PAST_ROW} FROM bgjob_past WHERE id = ANY($1::text[])
         UNION ALL SELECT {_POSTGRES_ROW} FROM bgjob_run WHERE id = ANY($1::text[])"""
     ring: str = "SELECT pg_notify('bgjob_wake', $1::text)::text"
     now: str = f"SELECT {_POSTGRES_NOW}"
@@ -4229,7 +4222,7 @@ class _PostgresStatements(_Statements):
     due: str = f"SELECT {_POSTGRES_ROW} FROM bgjob_run WHERE tries = 0 ORDER BY due, id LIMIT $1"
     retrying: str = f"""SELECT {_POSTGRES_ROW} FROM bgjob_run WHERE tries > 0
         AND (owner IS NULL OR due <= {_POSTGRES_NOW}) ORDER BY due, id LIMIT $1"""
-    failed: str = f"SELECT {_POSTGRES_PAST} FROM bgjob_past WHERE state = 'failed' ORDER BY finished DESC LIMIT $1"
+    failed: str = f"SELECT {_PAST_ROW} FROM bgjob_past WHERE state = 'failed' ORDER BY finished DESC LIMIT $1"
 
 
 class _PostgresConnection(Protocol):
@@ -4699,19 +4692,14 @@ class PostgresStore:
     async def beat(self, runs: Mapping[str, int]) -> Mapping[str, bool]:
         args = [*runs], [*runs.values()], self.lease
         known = dict(map(tuple, await self._do(lambda db: db.fetch(self._sql.beat, *args))))
-        self._let_go((id, token) for id, token in runs.items() if id not in known)
+        _let_go(self._held, ((id, token) for id, token in runs.items() if id not in known))
         return known
-
-    def _let_go(self, runs: Iterable[tuple[str, int]]) -> None:
-        for id, token in runs:
-            if self._held.get(id) == token:
-                del self._held[id]
 
     async def settle(self, ended: Sequence[Settlement]) -> Sequence[_Settled]:
         names = "id", "token", "job", "at", "call", "state", "delay", "back", "attempt", "error", "reason", "result"
         args = *_columns(ended, *names), self.keep, self._owner
         rows = await self._do(lambda db: db.fetch(self._sql.settle, *args))
-        self._let_go((end.id, end.token) for end in ended)
+        _let_go(self._held, ((end.id, end.token) for end in ended))
         return ["refused" if new is None else "done" if new == old else "cancelled" for old, new, _ in rows]
 
     async def cancel(self, job: str, id: str | None = None) -> Mapping[str, Cancelled]:
@@ -5447,14 +5435,9 @@ class RedisStore:
 
     async def beat(self, runs: Mapping[str, int]) -> Mapping[str, bool]:
         _, answers = await self._each(_Redis.beat, (self.lease, self._works), runs.items())
-        for (id, token), answer in zip(runs.items(), answers, strict=True):
-            if answer < 0:
-                self._let_go(id, token)
+        lost = (run for run, answer in zip(runs.items(), answers, strict=True) if answer < 0)
+        _let_go(self._held, lost)
         return {id: answer == 1 for id, answer in zip(runs, answers, strict=True) if answer >= 0}
-
-    def _let_go(self, id: str, token: int) -> None:
-        if self._held.get(id) == token:
-            del self._held[id]
 
     async def settle(self, ended: Sequence[Settlement]) -> Sequence[_Settled]:
         items = [
@@ -5465,8 +5448,7 @@ class RedisStore:
             for end in ended
         ]  # fmt: skip
         _, answers = await self._each(_Redis.settle, (self.keep,), items)
-        for end in ended:
-            self._let_go(end.id, end.token)
+        _let_go(self._held, ((end.id, end.token) for end in ended))
         # A tick that succeeded leaves nothing behind: that was said before, if an answer was lost of late.
         gone: _Settled = "done" if self._loop.time() < self._doubtful else "refused"
         return [gone if answer == "gone" else answer for answer in answers]
