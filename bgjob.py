@@ -1785,7 +1785,7 @@ class Store(Protocol):
 # One object per `run()`: wait, admit, execute, settle, drain. No cron and no SQL in it. One timer serves all that is
 # due; whatever becomes ready starts from that timer's callback, hence in the context in which `run()` was called.
 
-_BATCH = 100  # entries admitted between two turns of the loop: more would leave the cache, and others would wait
+_BATCH = range(100)  # entries admitted between two turns of the loop: more would leave the cache, and others would wait
 _GRACE = 5.0  # s for what was cancelled at the end of a drain
 _HOOK_LIMIT = 30_000  # ms for on_error where the job has no timeout
 _COUNTED = 1000  # missed ticks of a cron are counted up to here; those of an interval cost nothing to count
@@ -1901,8 +1901,17 @@ class _Live(Run[object]):
     lost = 0  # claims that ended with their process: none, for without a store it is this one
 
     def __init__(self, lane: _Lane, at: int, kwargs: Mapping[str, object], owner: _Owner) -> None:
-        super().__init__(lane.spec.name, at, kwargs, owner)
+        self.job = lane.spec.name  # by hand: super().__init__() would take as long as all of these
+        self.kwargs = kwargs
+        self._at = at
+        self._owner = owner
         self.lane = lane
+        # Defaults that every run asks for: as the class's, they would be looked up anew each time.
+        self.args = ()
+        self.attempt = 0
+        self.call = False
+        self.stop = None
+        self._done = None
 
 
 class _Stored(_Live):
@@ -1989,6 +1998,7 @@ class _Engine:
         "_retired",
         "_returned",
         "_seq",
+        "_slice",
         "_thread",
         "_timer",
         "_wall",
@@ -2011,7 +2021,7 @@ class _Engine:
         self._drain = drain
         self._on_event = on_event
         self._clock = clock
-        self._mono, self._wall = clock.mono, clock.wall
+        self._mono, self._wall, self._slice = clock.mono, clock.wall, clock.slice
         self._offset: float = clock.wall() - clock.mono()
         self._now = round(clock.wall() * 1000)
         self._thread = threading.get_ident()
@@ -2200,7 +2210,7 @@ class _Engine:
         step = offset - self._offset
         self._offset = offset
         self._now = int(wall * 1000)
-        if not -_JUMP <= step <= _JUMP:
+        if step > _JUMP or step < -_JUMP:
             self._jumped(round(step * 1000))
 
     def _jumped(self, step: int) -> None:
@@ -2238,7 +2248,7 @@ class _Engine:
         if self._freed:
             when = 0.0
         elif self._heap:
-            due, latest = self._heap[0][0], self._now + self._clock.slice
+            due, latest = self._heap[0][0], self._now + self._slice
             when = (due if due < latest else latest) / 1000 - self._offset
         else:
             return
@@ -2265,10 +2275,10 @@ class _Engine:
     def _admit(self) -> None:
         """Hand out what is due, a batch at a time, so that neither the loop nor the processor's cache is flooded."""
         heap, now = self._heap, self._now
-        for admitted in range(_BATCH):
+        for admitted in _BATCH:
             if not heap:
                 break
-            due, seq, item = heap[0]
+            due, _, item = heap[0]
             if due > now:
                 if admitted or due > now + _EARLY:
                     break
@@ -2276,26 +2286,26 @@ class _Engine:
             if isinstance(item, _Live):
                 heapq.heappop(heap)
                 self._ready(item)
-                continue
-            if item.unfinished >= item.limit and item.spec.overlap == "all":
-                heapq.heappop(heap)
-                item.parked = due
-                continue
-            following = due + item.step if item.step else item.following(due)
-            if following is not None and following <= now and item.spec.overlap != "all":
-                due = item.catch_up(due, now)
-                following = item.following(due)
-            if following is None:
-                heapq.heappop(heap)
             else:
-                heapq.heapreplace(heap, (following, seq, item))
-            self._tick(item, due, following)
+                self._tick(item, due)
 
-    def _tick(self, lane: _Lane, at: int, following: int | None) -> None:
-        """Hand out a tick, or skip it where its job has as many unfinished ones as it may."""
-        spec = lane.spec
+    def _tick(self, lane: _Lane, at: int) -> None:
+        """Hand out a tick, or skip it where its job has as many unfinished ones as it may; have the next one ready."""
+        spec, full = lane.spec, lane.unfinished >= lane.limit
+        if full and spec.overlap == "all":
+            heapq.heappop(self._heap)
+            lane.parked = at
+            return
+        following = at + lane.step if lane.step else lane.following(at)
+        if following is not None and following <= self._now and spec.overlap != "all":
+            at = lane.catch_up(at, self._now)
+            following = lane.following(at)
+        if following is None:
+            heapq.heappop(self._heap)
+        else:
+            heapq.heapreplace(self._heap, (following, lane.seq, lane))
         run = _Live(lane, at, spec.args, self)
-        if lane.unfinished >= lane.limit:
+        if full:
             self._overlapped(run)
             return
         if lane.skipped:
@@ -2365,7 +2375,7 @@ class _Engine:
             return
         if run._done is not None:
             self.loop.call_soon(self._check_entered)
-        if run.state is _RUNNING and run.stop is not None:
+        if run.stop is not None and run.state is _RUNNING:
             # An eager task factory ran the first steps inside create_task, and they cancelled this very run when it
             # had no task yet.
             run.task.cancel()
@@ -2401,10 +2411,13 @@ class _Engine:
         _current.set(run)
         error: BaseException | None = None
         timer = None
-        begun = self._mono()
+        mono = self._mono
+        begun = mono()
         try:
             if run.stop is None:  # else cancelled between create_task and this first step
-                run.state, run._started, run._took = _RUNNING, begun + self._offset, None
+                run.state = _RUNNING
+                run._started = begun + self._offset
+                run._took = None
                 if self._on_event is not None:
                     self._emit(run)
                 if spec.timeout is not None:
@@ -2420,7 +2433,7 @@ class _Engine:
             error = raised
         if timer is not None:
             timer.cancel()
-        run._took = self._mono() - begun
+        run._took = mono() - begun
         if error is None and run.stop is None:
             self._finish(run, _SUCCESS)
             return
@@ -3033,10 +3046,11 @@ class _Shared(_Engine):
         self._look_everywhere()
         self._arm()
 
-    def _tick(self, lane: _Lane, at: int, following: int | None) -> None:
+    def _tick(self, lane: _Lane, at: int) -> None:
         if lane.spec.schedule is None:
-            super()._tick(lane, at, following)
+            super()._tick(lane, at)
         else:
+            heapq.heappop(self._heap)
             self._wanted[cast(_SharedLane, lane)] = None
             self._poked.set()
 
