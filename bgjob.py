@@ -480,7 +480,6 @@ def _spell(text: object) -> tuple[str, bool, bool]:
     return " ".join(spelled), either, fields[1].startswith("*") or fields[2].startswith("*")
 
 
-_DAY_MS = 86_400_000
 _FIRST = (datetime(1, 1, 4, tzinfo=UTC) - _EPOCH) // _MS  # leaves room to step back a day in any zone
 _FOUR_CENTURIES = timedelta(days=146_097)
 # croniter found nothing within 50 years, or someone met the end of the year 9999 or of what the C library can read.
@@ -632,7 +631,7 @@ class _Cron:
     def _wild(self, after: int) -> Iterator[int]:
         """Each instant that reads as one of the walls."""
         start = _reading(after, self.zone)
-        fall = start + timedelta(days=1) - _reading(after + _DAY_MS, self.zone)
+        fall = start + timedelta(days=1) - _reading(after + _UNITS["d"], self.zone)
         walls = self._walls(start - max(fall, timedelta(0)))
         if isinstance(self.zone, timezone):
             return (_instant(wall, self.zone) for wall in walls)
@@ -934,11 +933,19 @@ Factory: TypeAlias = Callable[..., object]
 class _Dependency:
     """The default value that `Depends` leaves in a signature."""
 
-    __slots__ = ("factory", "scope")
+    __slots__ = ("_plan", "factory", "scope")
 
     def __init__(self, factory: Factory, scope: Scope) -> None:
         self.factory = factory
         self.scope: Scope = scope
+        self._plan: _Plan | None = None
+
+    @property
+    def plan(self) -> _Plan:
+        """What the factory needs in turn; read once, when the decorator asks for it."""
+        if self._plan is None:
+            self._plan = _Plan(self.factory)
+        return self._plan
 
     def __repr__(self) -> str:
         return f"Depends({_name_of(self.factory)})"
@@ -1040,13 +1047,12 @@ def _check_needs(plan: _Plan, scope: Scope | None = None, path: tuple[Factory, .
             raise ScheduleError(f"Depends: {chain} is a circle; break it")
         if scope == "app" and need.scope == "run":
             raise ScheduleError(f"Depends: {chain}: an 'app' dependency can't need a 'run' one; give both one scope")
-        inner = _Plan(factory)
-        if inner.required:
-            unfilled = ", ".join(sorted(inner.required))
+        if need.plan.required:
+            unfilled = ", ".join(sorted(need.plan.required))
             raise ScheduleError(
                 f"Depends: {chain}: nothing fills its parameter {unfilled}; give it a default or Depends"
             )
-        _check_needs(inner, need.scope, (*path, factory))
+        _check_needs(need.plan, need.scope, (*path, factory))
 
 
 class _Resolver:
@@ -1071,11 +1077,12 @@ class _Resolver:
             return await self._app(need)
         factory = self._overrides.get(need.factory, need.factory)
         if factory not in self._made:
-            self._made[factory] = await self._make(factory)
+            plan = need.plan if factory is need.factory else _Plan(factory)
+            self._made[factory] = await self._make(factory, plan.needs)
         return self._made[factory]
 
-    async def _make(self, factory: Factory) -> object:
-        made = factory(**await self.fill(_Plan(factory).needs))
+    async def _make(self, factory: Factory, needs: Mapping[str, _Dependency]) -> object:
+        made = factory(**await self.fill(needs))
         if _is(inspect.isasyncgenfunction, factory):
             opened = asynccontextmanager(lambda: cast(AsyncGenerator[object], made))()
             value = await opened.__aenter__()
@@ -2725,7 +2732,7 @@ def _app_needs(plans: Iterable[_Plan]) -> Iterator[_Dependency]:
             if need.scope == "app":
                 yield need
             else:
-                yield from _app_needs([_Plan(need.factory)])
+                yield from _app_needs([need.plan])
 
 
 def _examples(runs: Sequence[Run]) -> str:
@@ -5590,7 +5597,6 @@ def _no_password(url: str) -> str:
 
 # 11 Registry ----------------------------------------------------------------------------------------------------------
 # A set of jobs and what runs them. The default one's bound methods are the module's functions.
-
 
 _MOMENT = 0.0005  # s, less than a tick: what is due at the very end of a simulation still runs
 

@@ -1477,6 +1477,28 @@ class TestEngine:
         assert run.state is State.SUCCEEDED
         assert events == [(0, Settings(5), "opened", "opened later"), "closed later", "closed"]
 
+    def test_signatures_are_read_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A factory's signature is read when the decorator checks it, not at each attempt; a replacement's then."""
+        registry, read, signature = Registry(), [], bgjob._signature
+        monkeypatch.setattr(bgjob, "_signature", lambda function: (read.append(function), signature(function))[1])
+
+        def inner() -> int:
+            return 1
+
+        def outer(n: int = Depends(inner)) -> int:
+            return n
+
+        @registry.job(every="1s")
+        async def work(n: int = Depends(outer)) -> int:
+            return n
+
+        assert len(registry.simulate("5s", start=START)) == 5
+        assert read == [work.function, outer, inner]
+        registry.overrides[inner] = int
+        (run,) = registry.simulate("1s", start=START)
+        assert run.error is None
+        assert read[3:] == [int]
+
     def test_threads(self) -> None:
         """A plain function runs in a daemon thread with the run's context; its error is the run's."""
         registry, seen = Registry(), []
