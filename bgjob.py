@@ -860,6 +860,7 @@ class Run(Generic[R_co]):
             RunCancelled: the run was cancelled or skipped.
             TimeoutError: it hasn't ended within `timeout`. The run itself goes on.
             BgjobError: it ran elsewhere, and its result wasn't JSON or is no longer kept.
+            StoreError: it runs elsewhere, and the store gave no answer for 5 s.
         """
         limit = None if timeout is None else _duration("timeout", timeout) / 1000
         await self._owner.ended(self, limit)
