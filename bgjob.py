@@ -2432,12 +2432,9 @@ class _Engine:
                     timer = self.loop.call_later(spec.timeout / 1000, self._interrupt, run, _Stop.TIMEOUT)
                 plan = spec.plan
                 run._value = await (plan.function(*run.args, **run.kwargs) if plan.direct else self._call(run, spec))
-        except (KeyboardInterrupt, GeneratorExit):
-            # Ctrl-C where nobody turned it into a cancellation, or a loop that was closed with us inside: no failure
-            # of the job, and not ours to swallow.
-            self._finish(run, _Outcome(_CANCELLED, None, _Stop.SHUTDOWN))
-            raise
         except BaseException as raised:
+            if self._ends_attempt(run, raised):
+                raise
             error = raised
         if timer is not None:
             timer.cancel()
@@ -2517,7 +2514,7 @@ class _Engine:
             if _verdict(run.attempt, run.lost, spec.retries, spec.on_crash) == "run" and spec.retryable(error):
                 return _Outcome(_SCHEDULED, error, delay=spec.delay(run.attempt, f"{run.id} {run.attempt}"))
         except BaseException as bug:
-            if isinstance(bug, KeyboardInterrupt):
+            if self._ends_attempt(run, bug):
                 raise
             _log.error("%s: retry_on or retry_delay failed: %s", run, _summary(bug), exc_info=bug)
         if spec.on_error is not None:
@@ -2535,10 +2532,25 @@ class _Engine:
                     value = (await self._in_thread(functools.partial(hook, run, error), f"{run.job} on_error"))()
                 if inspect.isawaitable(value):
                     await value
-        except (KeyboardInterrupt, GeneratorExit):
-            raise
         except BaseException as bug:
+            if self._ends_attempt(run, bug):
+                raise
             _log.error("%s: on_error failed: %s", run, _summary(bug), exc_info=bug)
+
+    def _ends_attempt(self, run: _Live, error: BaseException) -> bool:
+        """Finish a run at Ctrl-C, where nobody turned it into a cancellation, or where its coroutine is being closed,
+        with a closed loop or as garbage: no failure of the job, and not ours to swallow.
+
+        The function's own GeneratorExit is a failure like any other: it comes while the run's task executes.
+        """
+        if isinstance(error, GeneratorExit):
+            task = asyncio.current_task(self.loop)
+            if task is not None and run in self._live and run.task in (None, task):  # None in an eager first step
+                return False
+        elif not isinstance(error, KeyboardInterrupt):
+            return False
+        self._finish(run, _Outcome(_CANCELLED, None, _Stop.SHUTDOWN))
+        return True
 
     def _interrupt(self, run: _Live, why: _Stop) -> None:
         """Stop a run that has a slot: the reason first, then the signal; one without a task or a first step sees it."""

@@ -1061,10 +1061,11 @@ class TestRetries:
         assert [(state, str(error)) for state, error in told] == [("running", "no")]
 
     @pytest.mark.parametrize(
-        "raised", [SystemExit(2), BaseExceptionGroup("g", [SystemExit()]), asyncio.CancelledError()]
+        "raised",
+        [SystemExit(2), BaseExceptionGroup("g", [SystemExit()]), asyncio.CancelledError(), GeneratorExit()],
     )
     def test_base_exceptions(self, raised: BaseException) -> None:
-        """SystemExit, groups and a CancelledError that nobody asked for are failures; the slot comes back."""
+        """SystemExit, GeneratorExit, groups, a CancelledError that nobody asked for are failures; the slot is free."""
         registry = Registry()
 
         @registry.job(every="1m")
@@ -1074,7 +1075,9 @@ class TestRetries:
         runs = registry.simulate("5m", start=START)
         assert [run.state for run in runs] == ["failed"] * 5
 
-    @pytest.mark.parametrize("raised", [ValueError(), SystemExit(2), BaseExceptionGroup("g", [SystemExit()])])
+    @pytest.mark.parametrize(
+        "raised", [ValueError(), SystemExit(2), BaseExceptionGroup("g", [SystemExit()]), GeneratorExit()]
+    )
     @pytest.mark.parametrize("hook", ["retry_on", "retry_delay", "on_error", "on_event"])
     def test_hooks_that_raise(self, hook: str, raised: BaseException) -> None:
         """Whatever a hook raises is logged; the run ends as it would, its slot comes back, nothing stops."""
@@ -2602,6 +2605,51 @@ class TestEdges:
         task._log_destroy_pending = False
         with pytest.raises(RuntimeError):
             coroutine.throw(GeneratorExit)
+
+    @pytest.mark.parametrize("hook", ["retry_on", "on_error"])
+    def test_interrupted_hook(self, hook: str, caplog: pytest.LogCaptureFixture) -> None:
+        """A Ctrl-C that comes in a hook ends the run too, so that the drain doesn't wait for it."""
+        registry, tasks = Registry(), []
+
+        def interrupted(*_: object) -> bool:
+            raise KeyboardInterrupt
+
+        @registry.job(after=0, retries=int(hook == "retry_on"), **{hook: interrupted})
+        async def bad() -> None:
+            tasks.append(asyncio.current_task())
+            raise ValueError
+
+        with pytest.raises(KeyboardInterrupt):
+            registry.simulate("1m", start=START)
+        assert isinstance(tasks[0].exception(), KeyboardInterrupt)
+        told = [record.getMessage().partition(" ")[2] for record in caplog.records if record.name == "bgjob"]
+        assert told == ["cancelled: run() stopped"]
+
+    def test_closed_in_a_hook(self) -> None:
+        """A coroutine that is closed while its `on_error` waits ends there, without a word more from the job."""
+        registry, told = Registry(), []
+
+        async def hook(run: Run, error: BaseException) -> None:
+            try:
+                await asyncio.sleep(1000)
+            finally:
+                told.append(run)
+
+        @registry.job(after=0, on_error=hook)
+        async def bad() -> None:
+            raise ValueError
+
+        async def main() -> None:
+            async with driven(registry) as engine:
+                await asyncio.sleep(1)
+                (run,) = engine._live
+                task = run.task
+                task.get_coro().close()
+                assert (told, run.state, engine._live) == ([run], "cancelled", {})
+                task.cancel()
+                await asyncio.wait({task})
+
+        virtually(main())
 
     def test_some_jobs(self) -> None:
         """With `jobs` only those are executed, of the ones that are registered later too; submitting another says so."""
