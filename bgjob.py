@@ -1325,7 +1325,7 @@ def _scheduled_args(plan: _Plan, given: object, scheduled: bool) -> Mapping[str,
     if unknown:
         known = ", ".join(sorted(plan.accepted)) or "none"
         raise ScheduleError(f"args: unknown parameter {', '.join(map(repr, unknown))}; the function's are: {known}")
-    missing = plan.required.difference(args) if scheduled else ()
+    missing = plan.required - plan.accepted.intersection(args) if scheduled else ()  # a positional-only one stays so
     if missing:
         raise ScheduleError(f"nothing fills the parameter {', '.join(sorted(missing))}; add it to args= or default it")
     return args

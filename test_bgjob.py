@@ -1222,6 +1222,11 @@ class TestDeclarations:
             registry.job(needy)
         assert list(registry.jobs) == ["needy"]
 
+        async def by_place(a, /, **names): ...
+
+        with pytest.raises(ScheduleError, match="job 'by_place': nothing fills the parameter a"):
+            registry.job(every=1, args={"a": 1})(by_place)
+
     def test_next_ticks(self) -> None:
         """next_ticks answers in the job's zone, on the epoch's grid for an interval, and [] without a schedule."""
         registry = Registry()
