@@ -1421,7 +1421,7 @@ class Job(Generic[P, C_co, R_co]):
 
     __wrapped__ = function  # so that inspect.signature and help see the function
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> C_co:
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> C_co:
         """Call the function as if it weren't a job, for tests and for reuse: no run, no retries, no log.
 
         Raises:
@@ -1436,7 +1436,7 @@ class Job(Generic[P, C_co, R_co]):
                 raise TypeError(f"job {self.name!r}: a direct call resolves no Depends; pass {example}")
         return self.function(*args, **kwargs)
 
-    async def submit(self, *args: P.args, **kwargs: P.kwargs) -> Run[R_co]:
+    async def submit(self, /, *args: P.args, **kwargs: P.kwargs) -> Run[R_co]:
         """Run the job in the background as soon as there is room. Arguments make a round trip through JSON.
 
         Raises:
@@ -1519,7 +1519,7 @@ class Later(Generic[P, R_co]):
         self._at = at
         self._key = key
 
-    async def submit(self, *args: P.args, **kwargs: P.kwargs) -> Run[R_co]:
+    async def submit(self, /, *args: P.args, **kwargs: P.kwargs) -> Run[R_co]:
         """Submit the run; as `Job.submit`."""
         job = cast(Job, self._job)
         payload = _payload(job.name, job._spec.plan, args, kwargs)

@@ -1227,6 +1227,20 @@ class TestDeclarations:
         with pytest.raises(ScheduleError, match="job 'by_place': nothing fills the parameter a"):
             registry.job(every=1, args={"a": 1})(by_place)
 
+    def test_any_parameter(self) -> None:
+        """A parameter may have any name, `self` too."""
+        registry = Registry()
+
+        @registry.job
+        async def echo(**names: object) -> object:
+            return names
+
+        async def main() -> object:
+            async with driven(registry):
+                return await (await echo.submit(self=1, job=2, key=3)).result()
+
+        assert virtually(main()) == asyncio.run(echo(self=1, job=2, key=3)) == {"self": 1, "job": 2, "key": 3}
+
     def test_next_ticks(self) -> None:
         """next_ticks answers in the job's zone, on the epoch's grid for an interval, and [] without a schedule."""
         registry = Registry()
