@@ -1387,6 +1387,14 @@ def _job_name(function: object, name: object) -> str:
     return name
 
 
+def _named(function: object) -> object:
+    """What of a callable has a qualified name and code: itself, what it wraps, or what makes an object callable."""
+    if isinstance(function, functools.partial):
+        return _named(cast("functools.partial[object]", function).func)
+    function = inspect.unwrap(cast(Factory, function))
+    return function if hasattr(function, "__qualname__") else type(function).__call__
+
+
 def _place(function: object) -> str:
     """Where a function stands, as file:line."""
     code = getattr(inspect.unwrap(cast(Factory, function)), "__code__", None)
@@ -5774,11 +5782,17 @@ class Registry:
         taken = self._jobs.get(job.name)
         if taken is None:
             return
-        old, new = taken.function, job.function
-        if old is new or any(getattr(old, a, None) != getattr(new, a, None) for a in ("__module__", "__qualname__")):
+        old, new = _named(taken.function), _named(job.function)
+        same = taken.function is job.function
+        if same or any(getattr(old, a, None) != getattr(new, a, None) for a in ("__module__", "__qualname__")):
             raise ScheduleError(
                 f"the name is taken by {_place(old)}, this is {_place(new)}; give one of them a name= of its own"
             )
+        if getattr(old, "__code__", None) is getattr(new, "__code__", ()):  # what is loaded again is compiled again
+            _log.warning(
+                "job %r: %s made another function of that name, which replaces the first; in a loop give each a name=",
+                job.name, _place(new),
+            )  # fmt: skip
 
     def remove(self, name: str) -> None:
         """Forget a job: no new ticks, its scheduled runs are cancelled, what runs ends.

@@ -1227,6 +1227,29 @@ class TestDeclarations:
         with pytest.raises(ScheduleError, match="job 'by_place': nothing fills the parameter a"):
             registry.job(every=1, args={"a": 1})(by_place)
 
+    def test_replaced(self, caplog: pytest.LogCaptureFixture) -> None:
+        """What is loaded again replaces in silence; a loop, or a second object's method, loses a job and is told so."""
+        registry, code = Registry(), "async def work(): ..."
+
+        class Feed:
+            async def poll(self) -> None: ...
+
+            async def __call__(self) -> None: ...
+
+        for _ in range(2):
+            exec(code, loaded := {"__name__": "jobs"})
+            registry.job(loaded["work"])
+            registry.job(name="part")(functools.partial(loaded["work"]))
+        assert not caplog.records
+        registry.job(Feed().poll)
+        registry.job(name="feed")(Feed())
+        for again in (lambda: registry.job(Feed().poll), lambda: registry.job(name="feed")(Feed())):
+            again()
+            assert "which replaces the first; in a loop give each a name=" in caplog.records.pop().getMessage()
+        for other in (Feed().poll, functools.partial(Feed().poll)):
+            with pytest.raises(ScheduleError, match="job 'part': the name is taken by"):
+                registry.job(name="part")(other)
+
     def test_any_parameter(self) -> None:
         """A parameter may have any name, `self` too."""
         registry = Registry()
