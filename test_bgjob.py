@@ -84,6 +84,9 @@ from bgjob import (
     current_run,
 )
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of `pytest &` in a script; the processes of tests inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MINUTE, HOUR, DAY = 60_000, 3_600_000, 86_400_000
 THOROUGH = int(
