@@ -758,6 +758,8 @@ class _Stop(StrEnum):
     LEASE = "lease lost"
     CRASH = "its process died"
 
+    __repr__ = str.__repr__  # users see a text
+
 
 def _tick_id(job: str, at: int) -> str:
     return f"{job}@{_iso(at)}"

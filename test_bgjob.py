@@ -2752,6 +2752,7 @@ class TestEdges:
             await asyncio.sleep(1)
             registry.remove("work")
             assert [waiting.state, delayed.reason] == ["cancelled", "job removed"]
+            assert repr(delayed.reason) == "'job removed'"
             assert await running.result() == "done"
             with pytest.raises(BgjobError, match="job 'work': not registered; the registered ones are: none"):
                 registry.remove("work")
