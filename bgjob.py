@@ -4346,8 +4346,9 @@ class PostgresStore:
         keep: how long ends and results are kept, and keys taken. Default: a day.
 
     Raises:
-        StoreError: the URL or the prefix is wrong; from `run()`: asyncpg is missing, or the server refuses the
-            password, the database or a right. A server that doesn't answer is an outage, at start too.
+        StoreError: the URL or the prefix is wrong; from `run()`: asyncpg is missing, the server's certificate isn't
+            trusted, or the server refuses the password, the database or a right. A server that doesn't answer is an
+            outage, at start too.
         ScheduleError: a duration is wrong.
     """
 
@@ -4384,6 +4385,7 @@ class PostgresStore:
         if self._owner is not None:
             raise BgjobError(f"{self!r} is in use: one run() or running() per store object; make another")
         driver = _driver("asyncpg", "postgres")
+        self._check_files()
         self._connect = cast("Callable[..., Awaitable[_PostgresConnection]]", driver.connect)
         self._faults: tuple[type[Exception], ...] = (
             driver.PostgresError, driver.InterfaceError, driver.InternalClientError, OSError,
@@ -4427,6 +4429,17 @@ class PostgresStore:
         self._owner = None
         await asyncio.sleep(0)  # the transports close at the next turn
 
+    def _check_files(self) -> None:
+        """Of a file that isn't there asyncpg says what it says of a server's socket that isn't: without a name."""
+        from urllib.parse import parse_qsl
+
+        for name, path in parse_qsl((self._url or "").partition("?")[2]):
+            if name in ("sslrootcert", "sslcert", "sslkey", "sslcrl"):
+                try:
+                    open(path, "rb").close()
+                except OSError as error:
+                    raise StoreError(f"{self!r}: {name}: {error}") from None
+
     async def _prepare(self, until: float) -> None:
         """What is asked once: is there a pooler between, are the tables and rights there? On a connection that has no
         prepared statements, for behind a pooler they could be another's."""
@@ -4459,7 +4472,10 @@ class PostgresStore:
         try:
             return await self._connect(self._url, timeout=left, **options)
         except ValueError as error:  # its text may hold a part of the password
-            wrong = str(error) if "onfiguration" in type(error).__name__ else "the URL can't be read"
+            if isinstance(error, OSError):  # a certificate that isn't trusted is both
+                raise
+            text = str(error).partition("\n")[0]
+            wrong = text if "onfiguration" in type(error).__name__ else "the URL can't be read"
             remedy = "write postgresql://user:password@host:5432/database, and of : / ? # @ in a password %3A %2F …"
             raise StoreError(f"{self!r}: {wrong}; {remedy}") from None
 
@@ -4544,9 +4560,8 @@ class PostgresStore:
             return Unreachable(f"{self!r}: no answer within {self._limit:g} s")
         if state == _POSTGRES_NO_TABLE:
             return Unreachable(f"{self!r}: its tables were deleted; begun anew")
-        config = (
-            isinstance(error, ValueError) or "pool is" in text or type(error).__name__ == "SSLCertVerificationError"
-        )
+        # Certificates that aren't trusted, pools that are closed, and files that hold no certificate or key.
+        config = isinstance(error, ValueError) or re.search(r"pool is|\[X509|PEM lib", text) is not None
         passing = state.startswith(_POSTGRES_PASSING) if state else not config
         return (Unreachable if passing else StoreError)(f"{self!r}: {text}")
 
@@ -5165,8 +5180,8 @@ class RedisStore:
         keep: how long ends and results are kept, and keys taken. Default: a day.
 
     Raises:
-        StoreError: the URL or the prefix is wrong; from `run()`: the driver is missing, or the server refuses: a wrong
-            password or database, missing rights, or it evicts.
+        StoreError: the URL or the prefix is wrong; from `run()`: the driver is missing, the server's certificate isn't
+            trusted, or the server refuses: a wrong password or database, missing rights, or it evicts.
         ScheduleError: a duration is wrong.
     """
 
@@ -5241,8 +5256,10 @@ class RedisStore:
         settings = {name: value for name, value in pool.connection_kwargs.items() if not name.startswith("maint_")}
         self._make = functools.partial(pool.connection_class, **settings | ours)
         try:
-            self._make()
-        except TypeError as error:  # an unknown option in the URL
+            context = getattr(self._make(), "ssl_context", None)
+            if context is not None:
+                context.get()  # reads the files of certificates and keys
+        except (TypeError, OSError, self._errors.RedisError) as error:  # an unknown option in the URL, a wrong file
             raise StoreError(f"{self!r}: {error}") from None
 
     async def close(self) -> None:
@@ -5370,6 +5387,8 @@ class RedisStore:
         errors, text = self._errors, str(error).partition("\n")[0] or type(error).__name__
         if isinstance(error, TimeoutError):
             return Unreachable(f"{self!r}: no answer within {self._limit:g} s")
+        if type(error.__context__).__name__ == "SSLCertVerificationError":
+            return StoreError(f"{self!r}: {error.__context__}")
         passing = (
             OSError, errors.ConnectionError, errors.TimeoutError, errors.ReadOnlyError, errors.OutOfMemoryError,
             errors.ClusterDownError, errors.TryAgainError,

@@ -20,6 +20,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import struct
 import subprocess
 import sys
@@ -5790,6 +5791,17 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def make_certificate(path: Path) -> Path:
+    """One that signs itself, and its key, in one file."""
+    if shutil.which("openssl") is None:
+        refuse_server("no openssl, which makes certificates")
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=localhost"
+    key = path.with_suffix(".key")
+    subprocess.run([*command.split(), "-keyout", key, "-out", path], check=True, capture_output=True)
+    path.write_text(path.read_text() + key.read_text())
+    return path
+
+
 class Wire:
     """A TCP proxy. It can fall silent, cut what is connected, keep hints back, and lose answers: the server has done
     what was asked, and the connection is cut, or every tenth time stays open and silent."""
@@ -5957,8 +5969,9 @@ class TestPostgres:
     """What only a server, and the way to it, can do to its users."""
 
     @in_a_loop
-    async def test_errors(self, server: PostgresServer) -> None:
+    async def test_errors(self, server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """What doesn't pass by itself is one clear line at once, without a password."""
+        monkeypatch.setenv("HOME", str(tmp_path))
         secret = quote(server.PASSWORD, safe="")
         there = f"127.0.0.1:{server.port}/postgres"
         good = server.url()
@@ -5968,6 +5981,9 @@ class TestPostgres:
             good.replace("/postgres?", "/nope?"): 'database "nope" does not exist',
             server.url(user="guest", prefix="guest"): "permission denied for schema public",
             good.replace("?", "?sslmode=s3cret&"): "`sslmode` parameter must be one of: disable, allow",
+            good.replace("?", "?sslmode=verify-full&"): "root.crt",
+            f"{good}sslrootcert=/no%2Fwhere": "sslrootcert: [Errno 2] No such file or directory: '/no/where'",
+            f"{good}sslmode=verify-ca&sslrootcert={__file__}": "[X509: NO_CERTIFICATE_OR_CRL_FOUND]",
             f"postgresql://postgres:{server.PASSWORD}@{there}": "the URL can't be read; write postgresql://user:pass",
             f"{good}nonsense=1": 'unrecognized configuration parameter "nonsense"',
             f"{good}keep=0s": "keep=",
@@ -6461,15 +6477,17 @@ class TestRedis:
             ("redis://:s3cret@h/x", "'redis://…@h/x': after the host comes the number of a database, as in redis://host:6379/0"),
             ("redis://:s3:cret#@h?bogus=1&password=s3cret", r"RedisStore\('redis://…@h\?bogus=1&password=…'\): not a URL that redis-py can read; is the password percent-encoded\?"),
             ("redis://u:s3cret@h?bogus=1", r"RedisStore\('redis://…@h\?bogus=1'\): .*unexpected keyword argument 'bogus'"),
+            ("rediss://u:s3cret@h?ssl_cert_reqs=x", r"RedisStore\('rediss://…@h\?ssl_cert_reqs=x'\): .*Requirements Flag: x"),
+            ("rediss://u:s3cret@h?ssl_ca_certs=/x", r"RedisStore\('rediss://…@h\?ssl_ca_certs=/x'\): .*No such file or directory"),
             ("redis://u:s3cret@h?prefix=A", "prefix='A': write up to 30 of a-z, 0-9 and _, a letter first"),
         ],
     )  # fmt: skip
     def test_wrong_urls(self, url: str, message: str) -> None:
         """A wrong URL is one clear line without the password."""
-        if "bogus" in url:
+        if "bogus" in url or "ssl" in url:
             need_driver("redis")
         with pytest.raises(StoreError, match=f"^{message}$") as caught:
-            asyncio.run(Registry().run(store=url))
+            asyncio.run(asyncio.wait_for(Registry().run(store=url), 20))
         assert "s3" not in str(caught.value)
 
     @in_a_loop
@@ -7055,6 +7073,36 @@ class TestServers:
         for claims in starts:
             assert all(lost.attempt < again.attempt for lost, again in itertools.pairwise(claims)), claims
         return sum(map(len, starts)) - len(starts)
+
+    @pytest.mark.parametrize("kind", ["postgres", "redis"])
+    @in_a_loop
+    async def test_untrusted(self, tmp_path: Path, kind: str) -> None:
+        """A server whose certificate isn't trusted is one clear line at once, without a password; it is no outage."""
+        need_driver(kind)
+        trusted, shown = make_certificate(tmp_path / "trusted"), make_certificate(tmp_path / "shown")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(shown)
+
+        async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with suppress(OSError, asyncio.IncompleteReadError):
+                await reader.readexactly(8)  # "is there TLS?"
+                writer.write(b"S")
+                await writer.start_tls(context)
+            writer.transport.abort()
+
+        server = await asyncio.start_server(greet, "127.0.0.1", 0, ssl=context if kind == "redis" else None)
+        place = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        url = {
+            "postgres": f"postgresql://u:s3cret@{place}/d?sslmode=verify-ca&sslrootcert={trusted}",
+            "redis": f"rediss://:s3cret@{place}?ssl_ca_certs={trusted}",
+        }[kind]
+        with pytest.raises(StoreError, match=f"{place}.*CERTIFICATE_VERIFY_FAILED") as caught:
+            await Registry().run(store=url)
+        assert not isinstance(caught.value, bgjob.Unreachable)
+        assert "s3cret" not in "".join(traceback.format_exception(caught.value))
+        server.close()
+        while len(asyncio.all_tasks()) > 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
     @in_a_loop
     async def test_lost_answers(self, own: PostgresServer | RedisServer, tmp_path: Path) -> None:
