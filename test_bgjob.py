@@ -267,6 +267,9 @@ MESSAGES = {
     "* * * * MON-FRI#1": "day of week must be 0-7 or SUN-SAT, got 'MON-FRI#1'",
     "* * W * *": "day of month must be 1-31, got 'W'",
     "* * L-3 * *": "day of month must be 1-31, got 'L-3'",
+    "* * * 5W *": "month must be 1-12 or JAN-DEC, got '5W'",
+    "* 5L * * *": "hour must be 0-23, got '5L'",
+    "* 5#2 * * *": "hour must be 0-23, got '5#2'",
     "* * 31W * *": "day of month 31W does not exist in every month; use LW for the last working day",
     "* * 29W 2 *": "day of month 29W does not exist in every month; use LW for the last working day",
     "* * 1W,15W * *": "'1W,15W' or '*' mixes #, L or W with others; stack a @job for each",
@@ -1020,6 +1023,20 @@ class TestTime:
         assert 0 <= _spread(text, limit) < limit
         assert _spread(text, limit) == _spread(text, limit)
 
+    def test_virtual_time(self) -> None:
+        """The virtual clock jumps only where nothing is ready: what can be read already comes first, at its time."""
+
+        async def main() -> list[float]:
+            loop, read = asyncio.get_running_loop(), []
+            here, there = socket.socketpair()
+            with here, there:
+                there.send(b"x")
+                loop.add_reader(here, lambda: (read.append(loop.time()), loop.remove_reader(here)))
+                await asyncio.sleep(1000)
+            return [*read, round(loop.time())]
+
+        assert virtually(main()) == [0, 1000]
+
     def test_one_room_reads_clocks(self) -> None:
         """Only the Time room reads a clock."""
         source = Path(bgjob.__file__).read_text()
@@ -1063,6 +1080,22 @@ class TestRetries:
         assert [round(t) for t in calls] == [0, 10, 30]
         assert (run.state, run.attempt, run.error) == ("failed", 3, "ValueError: no")
         assert [(state, str(error)) for state, error in told] == [("running", "no")]
+
+    @pytest.mark.parametrize(
+        ("retry_on", "attempts"),
+        [(OSError, 2), (LookupError, 1), ((LookupError, OSError), 2), ((), 1), (lambda error: error.errno == 5, 2),
+         (lambda error: error.errno == 6, 1), (Exception, 2), (BaseException, 2)],
+    )  # fmt: skip
+    def test_retry_on(self, retry_on: object, attempts: int) -> None:
+        """An exception is tried again if it is of the class, or of one of them, or if the predicate says so."""
+        registry = Registry()
+
+        @registry.job(after=0, retries=1, retry_on=retry_on)
+        async def bad() -> None:
+            raise OSError(5, "no")
+
+        (run,) = registry.simulate("1h", start=START)
+        assert (run.state, run.attempt) == ("failed", attempts)
 
     @pytest.mark.parametrize(
         "raised",
@@ -1198,6 +1231,30 @@ class TestDeclarations:
                 call()
         registry.remove("callable")
 
+    def test_needs(self) -> None:
+        """What a dependency can't be made from is refused by the decorator, with the way that leads there."""
+
+        def circle(x: object = None) -> None: ...
+        def one(x: object = Depends(circle)) -> None: ...
+        def needy(b: int, a: int) -> None: ...
+        def plain() -> None: ...
+        def pool(x: object = Depends(plain)) -> None: ...
+
+        circle.__defaults__ = (Depends(one),)
+        for factory, scope, message in (
+            (5, "run", "Depends(5): not callable; pass the factory itself, without calling it"),
+            (plain, "job", "Depends(plain, scope='job'): write 'run' or 'app'"),
+            (one, "run", "job 'f': Depends: one -> circle -> one is a circle; break it"),
+            (needy, "run", "job 'f': Depends: needy: nothing fills its parameter a, b; give it a default or Depends"),
+            (pool, "app", "job 'f': Depends: pool -> plain: an 'app' dependency can't need a 'run' one; give both one scope"),
+        ):  # fmt: skip
+            with pytest.raises(ScheduleError) as caught:
+
+                @Registry().job
+                async def f(x: object = Depends(factory, scope)) -> None: ...
+
+            assert str(caught.value) == message
+
     def test_on_event(self) -> None:
         """An async function as on_event would never be awaited, so it is refused."""
 
@@ -1222,8 +1279,11 @@ class TestDeclarations:
         with pytest.raises(ScheduleError, match="job 'needy': nothing fills the parameter a"):
             registry.job(every=1)(needy)
         registry.job(needy)
-        with pytest.raises(ScheduleError, match="the name is taken by .*test_bgjob.py:"):
-            registry.job(needy)
+        for other in (needy, nothing):
+            with pytest.raises(
+                ScheduleError, match="the name is taken by .*test_bgjob.py:.*, this is .*test_bgjob.py:"
+            ):
+                registry.job(name="needy")(other)
         assert list(registry.jobs) == ["needy"]
 
         async def by_place(a, /, **names): ...
@@ -1286,6 +1346,63 @@ class TestDeclarations:
         ]
         assert registry.jobs["hourly"].next_ticks(1, start) == [start + timedelta(hours=1)]
         assert registry.jobs["plain"].next_ticks() == []
+
+    def test_stacked(self) -> None:
+        """Decorators can be stacked: each is a job of the function itself, with its schedule and arguments."""
+        registry, seen = Registry(), []
+
+        @registry.job(every="2s", name="two", args={"n": 2})
+        @registry.job(every="3s", name="three", args={"m": 3})
+        async def work(**given: int) -> None:
+            seen.append(given)
+
+        assert registry.jobs["two"].function is registry.jobs["three"].function
+        registry.simulate("3s", start=START)
+        assert seen == [{"n": 2}, {"m": 3}]
+
+    def test_repr(self) -> None:
+        """A job shows its name and its schedule, a run its job, state and attempt."""
+        registry, shown = Registry(), []
+        for name, schedule in (
+            ("a", {"cron": "@daily", "tz": "Europe/Rome"}),
+            ("b", {"every": "1h30m"}),
+            ("c", {"after": 0.25}),
+            ("d", {}),
+        ):
+            shown.append(repr(registry.job(name=name, **schedule)(nothing)))
+        assert shown == [
+            "<Job a cron='@daily' tz=Europe/Rome>",
+            "<Job b every=5,400 s>",
+            "<Job c after=0.25 s>",
+            "<Job d on submit>",
+        ]
+
+        async def main() -> None:
+            run = await registry.jobs["d"].submit()
+            assert (repr(run), str(run)) == (f"<Run d {run.id} scheduled attempt=0>", f"d {run.id}")
+            assert str(await registry.jobs["d"].after(1, key="k").submit()) == "d#k"
+
+        registry.simulate("1s", start=START, main=main)
+
+    def test_wrong_arguments(self) -> None:
+        """Arguments that don't fit the function are refused when they are submitted, by name or without one."""
+        registry = Registry()
+
+        @registry.job
+        async def work(a: int, b: int = 0) -> None: ...
+
+        async def main() -> None:
+            for args, kwargs, message in (
+                ((), {}, "missing a required argument: 'a'"),
+                ((1, 2, 3), {}, "too many positional arguments"),
+                ((1,), {"c": 3}, "got an unexpected keyword argument 'c'"),
+                ((1,), {"a": 1}, "multiple values for argument 'a'"),
+                ((1,), {"b": {2}}, r"argument b=\{2\} isn't JSON \(.*\); pass plain values"),
+            ):
+                with pytest.raises(TypeError, match=f"^job 'work': {message}"):
+                    await work.submit(*args, **kwargs)
+
+        assert registry.simulate("1s", start=START, main=main) == []
 
 
 class TestEngine:
@@ -2386,6 +2503,37 @@ class TestEdges:
         ]
         assert "queued@2026-01-01T00:00:20Z starts 2 s late" in lines
 
+    def test_ends_in_the_log(self, caplog: pytest.LogCaptureFixture) -> None:
+        """A success is INFO with what it took and, after a failure, the attempt; a failure is WARNING or ERROR with its exception."""
+        caplog.set_level(logging.INFO)
+        registry = Registry()
+
+        class Odd(Exception):
+            def __str__(self) -> str:
+                raise ValueError
+
+        @registry.job(after=0)
+        async def first() -> None:
+            await asyncio.sleep(1.5)
+
+        @registry.job(after=3, retries=1, retry_delay=1)
+        async def second() -> None:
+            if current_run().attempt == 1:
+                raise Odd
+
+        @registry.job(after=5)
+        async def third() -> None:
+            raise Odd
+
+        registry.simulate("1m", start=START)
+        ends = [(r.levelname, r.getMessage()) for r in caplog.records if re.search("succeeded|failed", r.getMessage())]
+        assert ends == [
+            ("INFO", "first@2026-01-01T00:00:00Z succeeded in 1.5 s"),
+            ("WARNING", "second@2026-01-01T00:00:03Z failed at attempt 1 of 2: Odd: <its str() raises>; retry in 1 s"),
+            ("INFO", "second@2026-01-01T00:00:03Z succeeded in 0 s, attempt 2"),
+            ("ERROR", "third@2026-01-01T00:00:05Z failed at attempt 1: Odd: <its str() raises>"),
+        ]
+
     @pytest.mark.parametrize(("reason", "state"), [("cancel", "cancelled"), ("shutdown", "succeeded")])
     def test_a_cancellation_that_is_caught(self, reason: str, state: str) -> None:
         """Who returns all the same is cancelled if that was asked for, and done where only the end of run() came."""
@@ -2555,6 +2703,29 @@ class TestEdges:
         virtually(main())
         assert events == ["open", "ended", "close"]
 
+    def test_app_clean_up(self, caplog: pytest.LogCaptureFixture) -> None:
+        """A clean-up of an "app" dependency that fails or hangs is logged, and holds nothing up for ever."""
+
+        async def fails():
+            yield
+            raise ValueError("no")
+
+        async def hangs():
+            yield
+            await asyncio.Event().wait()
+
+        for factory in (fails, hangs):
+            registry = Registry()
+
+            @registry.job
+            async def work(x: None = Depends(factory, scope="app")) -> None: ...
+
+            registry.simulate("1s", start=START)
+        assert [(r.levelname, r.getMessage(), r.exc_info and r.exc_info[0]) for r in caplog.records] == [
+            ("ERROR", "clean-up of app dependencies failed: ValueError: no", ValueError),
+            ("ERROR", "clean-up of app dependencies did not end within 5 s; cancelled", None),
+        ]
+
     def test_drain(self) -> None:
         """While it drains nothing starts, no tick, no waiting run, no call; afterwards no timer fires."""
         registry, begun = Registry(), []
@@ -2626,8 +2797,32 @@ class TestEdges:
                 await registry.run(jobs=["mail"])
             with pytest.raises(BgjobError, match=r"write a list of names, \['work'\]"):
                 await registry.run(jobs="work")
+            with pytest.raises(BgjobError, match="call it from a plain function"):
+                registry.simulate("1s")
 
         asyncio.run(main())
+
+    def test_main_of_a_simulation(self, caplog: pytest.LogCaptureFixture) -> None:
+        """What main raises is raised, a TimeoutError of its own too; one that waits at the end is cancelled, with a warning."""
+        registry, ended = Registry(), []
+
+        async def late() -> None:
+            async with asyncio.timeout(1):
+                await asyncio.Event().wait()
+
+        async def waits() -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.append(asyncio.get_running_loop().time())
+
+        with pytest.raises(TimeoutError):
+            registry.simulate("2s", main=late)
+        assert registry.simulate("2s", main=lambda: asyncio.sleep(1)) == []
+        assert not caplog.records
+        registry.simulate("2s", main=waits)
+        assert [r.getMessage() for r in caplog.records] == ["simulate(): main was still waiting at the end; cancelled"]
+        assert [round(at, 2) for at in ended] == [2]
 
     def test_loop_closed_in_the_middle(self) -> None:
         """A loop that somebody closed under run() leaves a registry that can be used again, from threads too."""
@@ -2760,6 +2955,19 @@ class TestEdges:
 
         registry.simulate("10m", start=START, main=main)
         assert begun == [1]
+
+    def test_removed_is_let_go(self) -> None:
+        """The registry keeps nothing of the function of a removed job."""
+        registry = Registry()
+
+        @registry.job
+        async def work() -> None: ...
+
+        function = weakref.ref(work.function)
+        registry.remove("work")
+        del work
+        gc.collect()
+        assert function() is None
 
     def test_ids(self) -> None:
         """Ids of submitted runs sort by submission: many in a millisecond, and with the clock set back."""
