@@ -935,6 +935,7 @@ class TestNewest:
         assert _newest(cron, walked[0], walked[0]) is None
         assert _newest(cron, walked[0], walked[1] - 1) is None
         begin = time.perf_counter()
+        assert _newest(_Cron("0 0 1 1 *", UTC), at(9999, 1, 1), at(9999, 12, 31)) is None
         assert _newest(cron, 0, at(2500, 1, 1)) == at(2500, 1, 1, 0, 0, 0)
         assert time.perf_counter() - begin < 0.5
 
@@ -1146,6 +1147,7 @@ class TestDeclarations:
         ({"every": 0}, "job 'f': every=0: too short; write a duration of at least 1 ms, for instance '30s'"),
         ({"every": -1}, "job 'f': every=-1: negative; write a duration of at least 1 ms, for instance '30s'"),
         ({"every": "1s", "cron": "* * * * *"}, "job 'f': every='1s' and cron='* * * * *': a job has one schedule; stack a second @job with its own name"),
+        ({"every": 1, "after": 2}, "job 'f': every=1 and after=2: a job has one schedule; stack a second @job with its own name"),
         ({"cron": "61 * * * *"}, "job 'f': cron='61 * * * *': minute must be 0-59, got 61"),
         ({"every": "1s", "tz": "Europe/Rome"}, "job 'f': tz='Europe/Rome': only cron has a zone; leave it out, or write cron="),
         ({"cron": "@daily", "tz": "Europe/Roma"}, "job 'f': tz='Europe/Roma': unknown time zone; did you mean 'Europe/Rome'?"),
@@ -1162,6 +1164,7 @@ class TestDeclarations:
         ({"retries": -1}, "job 'f': retries=-1: write a whole number, 0 or more"),
         ({"retries": 1.5}, "job 'f': retries=1.5: write a whole number, 0 or more"),
         ({"retry_delay": "5m..1s"}, "job 'f': retry_delay='5m..1s': begins longer than it ends; write '1s..5m'"),
+        ({"retry_delay": "5x"}, "job 'f': retry_delay='5x': not a duration; write seconds (90), a timedelta, or text such as '30s' or '1h30m'"),
         ({"retry_on": 5}, "job 'f': retry_on=5: write an exception class, a tuple of them, or a plain predicate"),
         ({"retry_on": int}, "job 'f': retry_on=<class 'int'>: write an exception class, a tuple of them, or a plain predicate"),
         ({"retry_on": nothing}, f"job 'f': retry_on={nothing!r}: write an exception class, a tuple of them, or a plain predicate"),
@@ -1174,6 +1177,10 @@ class TestDeclarations:
         ({"every": 1, "jitter": ""}, "job 'f': jitter='': not a duration; write seconds (90), a timedelta, or text such as '30s' or '1h30m'"),
         ({"retry_delay": "1s.."}, "job 'f': retry_delay='1s..': write two durations of at least 1 ms, such as '1s..5m'"),
         ({"name": "a@b"}, "name='a@b': write printable text without '@' and '#'"),
+        ({"name": 5}, "name=5: write printable text without '@' and '#'"),
+        ({"name": "a#b"}, "name='a#b': write printable text without '@' and '#'"),
+        ({"name": " "}, "name=' ': write printable text without '@' and '#'"),
+        ({"name": "a\nb"}, "name='a\\nb': write printable text without '@' and '#'"),
         ({"name": ""}, "name='': write printable text without '@' and '#'"),
     )  # fmt: skip
 
@@ -1273,17 +1280,31 @@ class TestDeclarations:
 
         async def needy(a): ...
 
-        for wrong in (agen, int, lambda: 1, 5):
-            with pytest.raises(ScheduleError):
+        def gen():
+            yield
+
+        for wrong, message in (
+            (agen, "^'agen' is a generator: nothing would iterate over it; decorate an async function or a plain one$"),
+            (gen, "^'gen' is a generator: nothing would iterate over it; decorate an async function or a plain one$"),
+            (int, "^<class 'int'> is a class; decorate an async function or a plain one$"),
+            (lambda: 1, r"<lambda> at .* has no name of its own; write @job\(name='…'\)$"),
+            (functools.partial(int), r"^functools.partial.* has no name of its own; write @job\(name='…'\)$"),
+            (5, "^5 can't be called; decorate an async function or a plain one$"),
+        ):
+            with pytest.raises(ScheduleError, match=message):
                 registry.job(wrong)
         with pytest.raises(ScheduleError, match="job 'needy': nothing fills the parameter a"):
             registry.job(every=1)(needy)
         registry.job(needy)
+        elsewhere = functools.partial(needy)
+        elsewhere.__module__, elsewhere.__qualname__ = "elsewhere", needy.__qualname__
         for other in (needy, nothing):
             with pytest.raises(
                 ScheduleError, match="the name is taken by .*test_bgjob.py:.*, this is .*test_bgjob.py:"
             ):
                 registry.job(name="needy")(other)
+        with pytest.raises(ScheduleError, match="the name is taken by .*test_bgjob.py:.*, this is functools.partial"):
+            registry.job(name="needy")(elsewhere)
         assert list(registry.jobs) == ["needy"]
 
         async def by_place(a, /, **names): ...
@@ -1346,6 +1367,7 @@ class TestDeclarations:
         ]
         assert registry.jobs["hourly"].next_ticks(1, start) == [start + timedelta(hours=1)]
         assert registry.jobs["plain"].next_ticks() == []
+        assert len(nightly.next_ticks()) == 5
 
     def test_stacked(self) -> None:
         """Decorators can be stacked: each is a job of the function itself, with its schedule and arguments."""
@@ -2245,6 +2267,11 @@ class TestEdges:
             virtually(main())
         assert begun
 
+    def test_no_run(self) -> None:
+        """Outside a run there is no current one."""
+        with pytest.raises(BgjobError, match="no run is executing here; call it inside a job's function"):
+            current_run()
+
     def test_context(self) -> None:
         """Every run starts in a copy of the context in which run() was called, whoever submits it."""
         registry, where = Registry(), ContextVar("where", default="nowhere")
@@ -2503,8 +2530,37 @@ class TestEdges:
         ]
         assert "queued@2026-01-01T00:00:20Z starts 2 s late" in lines
 
+    def test_times_of_a_run(self) -> None:
+        """A run tells when its last attempt started and ended, what it took and how late it was; nothing before that."""
+        registry, seen = Registry(), []
+
+        def note(run: Run) -> None:
+            times = [when and (when - START).total_seconds() for when in (run.started_at, run.finished_at)]
+            seen.append((*times, run.duration, run.late, run.attempt))
+
+        @registry.job(retries=1, retry_delay=60)
+        async def work() -> None:
+            note(current_run())
+            await asyncio.sleep(1.5)
+            if current_run().attempt == 1:
+                raise ValueError
+
+        async def main() -> None:
+            run = await work.after(5).submit()
+            note(run)
+            await run.result()
+            note(run)
+
+        registry.simulate("10m", start=START, main=main)
+        assert seen == [
+            (None, None, None, 0, 0),
+            (5, None, None, 0, 1),
+            (66.5, None, None, 61.5, 2),
+            (66.5, 68, 1.5, 61.5, 2),
+        ]
+
     def test_ends_in_the_log(self, caplog: pytest.LogCaptureFixture) -> None:
-        """A success is INFO with what it took and, after a failure, the attempt; a failure is WARNING or ERROR with its exception."""
+        """A success is INFO with what it took and, after a failure, the attempt; so is what was asked for, the rest is more."""
         caplog.set_level(logging.INFO)
         registry = Registry()
 
@@ -2525,13 +2581,27 @@ class TestEdges:
         async def third() -> None:
             raise Odd
 
-        registry.simulate("1m", start=START)
-        ends = [(r.levelname, r.getMessage()) for r in caplog.records if re.search("succeeded|failed", r.getMessage())]
+        @registry.job(parallelism=1, expires=5)
+        async def fourth() -> None:
+            await asyncio.sleep(30)
+
+        async def main() -> None:
+            runs = [await fourth.after(10, key=key).submit() for key in "abc"]
+            await runs[2].cancel()
+            await asyncio.sleep(20)
+            await runs[0].cancel()
+
+        registry.simulate("1m", start=START, main=main)
+        words = "succeeded|failed|cancelled|skipped"
+        ends = [(r.levelname, r.getMessage()) for r in caplog.records if re.search(words, r.getMessage())]
         assert ends == [
+            ("INFO", "fourth#c cancelled: cancelled on request"),
             ("INFO", "first@2026-01-01T00:00:00Z succeeded in 1.5 s"),
             ("WARNING", "second@2026-01-01T00:00:03Z failed at attempt 1 of 2: Odd: <its str() raises>; retry in 1 s"),
             ("INFO", "second@2026-01-01T00:00:03Z succeeded in 0 s, attempt 2"),
             ("ERROR", "third@2026-01-01T00:00:05Z failed at attempt 1: Odd: <its str() raises>"),
+            ("INFO", "fourth#a cancelled: cancelled on request"),
+            ("WARNING", "fourth#b skipped: expired: 10 s late, expires=5 s"),
         ]
 
     @pytest.mark.parametrize(("reason", "state"), [("cancel", "cancelled"), ("shutdown", "succeeded")])
@@ -2703,6 +2773,20 @@ class TestEdges:
         virtually(main())
         assert events == ["open", "ended", "close"]
 
+    def test_app_failure(self) -> None:
+        """An "app" dependency that fails is the failure of run(), which leaves the registry free for another."""
+        registry = Registry()
+
+        def fails() -> None:
+            raise ValueError("no")
+
+        @registry.job
+        async def work(x: None = Depends(fails, scope="app")) -> None: ...
+
+        for _ in range(2):
+            with pytest.raises(ValueError, match="no"):
+                registry.simulate("1s", start=START)
+
     def test_app_clean_up(self, caplog: pytest.LogCaptureFixture) -> None:
         """A clean-up of an "app" dependency that fails or hangs is logged, and holds nothing up for ever."""
 
@@ -2797,6 +2881,8 @@ class TestEdges:
                 await registry.run(jobs=["mail"])
             with pytest.raises(BgjobError, match=r"write a list of names, \['work'\]"):
                 await registry.run(jobs="work")
+            with pytest.raises(ScheduleError, match="drain=-1: negative"):
+                await registry.run(drain=-1)
             with pytest.raises(BgjobError, match="call it from a plain function"):
                 registry.simulate("1s")
 
