@@ -191,7 +191,7 @@ def _duration(what: str, value: object, least: int = 0) -> int:
             f"{what}={value!r}: not a duration; write seconds (90), a timedelta, or text such as '30s' or '1h30m'"
         )
     if not -0.5 < ms <= _CENTURY or round(ms) < least:
-        bounds = "more than 100 years" if ms > 0 and ms > _CENTURY else "too short" if ms >= 0 else "negative"
+        bounds = "more than 100 years" if ms > _CENTURY else "too short" if ms >= 0 else "negative"
         raise ScheduleError(f"{what}={value!r}: {bounds}; write a duration of {_least(least)}, for instance '30s'")
     return round(ms)
 

@@ -375,6 +375,8 @@ class TestCronParsing:
         ("text", "dates"),
         [
             ("0 0 13 * FRI", "01-03 01-10 01-13 01-17"),
+            ("0 0 31 * MON", "01-06 01-13 01-20 01-27 01-31 02-03"),
+            ("0 0 30 4 MON", "04-07 04-14 04-21 04-28 04-30"),
             ("0 0 */2 * MON", "01-13 01-27 02-03 02-17"),
             ("0 0 1-7 * */7", "01-05 02-02 03-02 04-06"),
             ("0 0 L * *", "01-31 02-28 03-31 04-30"),
@@ -1066,6 +1068,10 @@ class TestRetries:
         top = min(1000 * 2 ** (retry - 1), 300_000)
         assert top // 2 <= _retry_delay("1s..5m")(retry, text) <= top
 
+    def test_spread_of_delays(self) -> None:
+        """What failed together is tried again at times that fill the upper half, its two ends too."""
+        assert {_retry_delay("10ms..1s")(1, str(run)) for run in range(1000)} == {*range(5, 11)}
+
     def test_attempts(self) -> None:
         """A failing job is tried `retries` times more, with the delays of `retry_delay`, then on_error is called once."""
         registry, calls, told = Registry(), [], []
@@ -1167,6 +1173,7 @@ class TestDeclarations:
         ({"retry_delay": "5x"}, "job 'f': retry_delay='5x': not a duration; write seconds (90), a timedelta, or text such as '30s' or '1h30m'"),
         ({"retry_on": 5}, "job 'f': retry_on=5: write an exception class, a tuple of them, or a plain predicate"),
         ({"retry_on": int}, "job 'f': retry_on=<class 'int'>: write an exception class, a tuple of them, or a plain predicate"),
+        ({"retry_on": (OSError, int)}, "job 'f': retry_on=(<class 'OSError'>, <class 'int'>): write an exception class, a tuple of them, or a plain predicate"),
         ({"retry_on": nothing}, f"job 'f': retry_on={nothing!r}: write an exception class, a tuple of them, or a plain predicate"),
         ({"retry_delay": nothing}, f"job 'f': retry_delay={nothing!r}: nothing would await it; write a plain function"),
         ({"on_error": 5}, "job 'f': on_error=5: not callable; pass a function of (run, exception)"),
@@ -1247,10 +1254,14 @@ class TestDeclarations:
         def plain() -> None: ...
         def pool(x: object = Depends(plain)) -> None: ...
 
+        def unread() -> None: ...
+
         circle.__defaults__ = (Depends(one),)
+        unread.__signature__ = 5
         for factory, scope, message in (
             (5, "run", "Depends(5): not callable; pass the factory itself, without calling it"),
             (plain, "job", "Depends(plain, scope='job'): write 'run' or 'app'"),
+            (unread, "run", f"job 'f': {unread!r}: its parameters can't be read; wrap it in a function of your own"),
             (one, "run", "job 'f': Depends: one -> circle -> one is a circle; break it"),
             (needy, "run", "job 'f': Depends: needy: nothing fills its parameter a, b; give it a default or Depends"),
             (pool, "app", "job 'f': Depends: pool -> plain: an 'app' dependency can't need a 'run' one; give both one scope"),
@@ -1419,6 +1430,7 @@ class TestDeclarations:
                 ((1, 2, 3), {}, "too many positional arguments"),
                 ((1,), {"c": 3}, "got an unexpected keyword argument 'c'"),
                 ((1,), {"a": 1}, "multiple values for argument 'a'"),
+                ((float("nan"),), {}, r"argument a=nan isn't JSON \(.*\); pass plain values"),
                 ((1,), {"b": {2}}, r"argument b=\{2\} isn't JSON \(.*\); pass plain values"),
             ):
                 with pytest.raises(TypeError, match=f"^job 'work': {message}"):
@@ -2716,7 +2728,13 @@ class TestEdges:
             yield 1
             events.append("left before")
 
-        factories = (plain, within, async_plain, async_within, left_before)
+        def far_down():
+            values = [int("1"), int("2"), int("3"), int("4"), int("5"), int("6"), int("7"), int("8"), int("9")]
+            values += [int("1"), int("2"), int("3"), int("4"), int("5"), int("6"), int("7"), int("8"), int("9")]
+            with transaction():
+                yield sum(values)
+
+        factories = (plain, within, async_plain, async_within, left_before, far_down)
         for outcome in ("succeeds", "fails", "hangs"):
             for factory in factories:
                 registry = Registry()
@@ -2729,7 +2747,8 @@ class TestEdges:
 
                 registry.simulate("1m", start=START)
         ends = [["commit"], ["rollback ValueError"], ["rollback CancelledError"]]
-        assert events == [event for end in ends for event in ("plain", *end, "async plain", "finally", "left before")]
+        rest = ("async plain", "finally", "left before")
+        assert events == [event for end in ends for event in ("plain", *end, *rest, *end)]
 
     def test_a_factory_that_swallows(self) -> None:
         """A dependency that swallows what was raised at its yield doesn't turn a failure into a success."""
