@@ -1565,9 +1565,10 @@ def _refuse_unless_json(job: str, name: str, value: object) -> None:
     try:
         _dumps(value)
     except (TypeError, ValueError, RecursionError) as error:
-        raise TypeError(
-            f"job {job!r}: argument {name}={value!r:.200} isn't JSON ({error}); pass plain values"
-        ) from None
+        shown = f"<{type(value).__name__}>"
+        with suppress(Exception):  # what is nested too deeply for JSON is so for repr(), too
+            shown = f"{value!r:.200}"
+        raise TypeError(f"job {job!r}: argument {name}={shown} isn't JSON ({error}); pass plain values") from None
 
 
 @functools.cache

@@ -361,6 +361,7 @@ class TestCronParsing:
             ("0 0 * * 7/2", "0 0 * * 0,2,4,6"),
             ("0 0 * * MON/2", "0 0 * * 1,3,5"),
             ("*/60 * * * *", "0 * * * *"),
+            ("*/1 0 * * *", "* 0 * * *"),
             ("0 0 1-31 * MON", "0 0 * * *"),
             ("0 0 1 * 0-6", "0 0 * * *"),
             ("0 0 30,31 2 MON", "0 0 * 2 1"),
@@ -1165,6 +1166,7 @@ class TestDeclarations:
         ({"overlap": "all"}, "job 'f': overlap='all': is for scheduled runs; add every=, cron= or after="),
         ({"every": 1, "overlap": "none"}, "job 'f': overlap='none': write 'skip' or 'queue' or 'all'"),
         ({"after": 1, "immediate": True}, "job 'f': after=1 runs once: immediate and overlap say nothing here; leave them out"),
+        ({"after": 1, "overlap": "all"}, "job 'f': after=1 runs once: immediate and overlap say nothing here; leave them out"),
         ({"parallelism": 0}, "job 'f': parallelism=0: write a whole number, 1 or more"),
         ({"parallelism": True}, "job 'f': parallelism=True: write a whole number, 1 or more"),
         ({"retries": -1}, "job 'f': retries=-1: write a whole number, 0 or more"),
@@ -1409,6 +1411,7 @@ class TestDeclarations:
             "<Job c after=0.25 s>",
             "<Job d on submit>",
         ]
+        assert repr(Depends(nothing)) == "Depends(nothing)"
 
         async def main() -> None:
             run = await registry.jobs["d"].submit()
@@ -1422,10 +1425,23 @@ class TestDeclarations:
         registry = Registry()
 
         @registry.job
-        async def work(a: int, b: int = 0) -> None: ...
+        async def work(a: object, b: object = 0) -> None: ...
+
+        @registry.job
+        async def named(a: int = 0, *, b: int) -> None: ...
+
+        class Unshown:
+            def __repr__(self) -> str:
+                raise LookupError
+
+        deep: list[object] = []
+        for _ in range(100_000):
+            deep = [deep]
 
         async def main() -> None:
             for args, kwargs, message in (
+                ((deep,), {}, r"argument a=<list> isn't JSON \(.*\); pass plain values"),
+                ((Unshown(),), {}, r"argument a=<Unshown> isn't JSON \(.*\); pass plain values"),
                 ((), {}, "missing a required argument: 'a'"),
                 ((1, 2, 3), {}, "too many positional arguments"),
                 ((1,), {"c": 3}, "got an unexpected keyword argument 'c'"),
@@ -1435,8 +1451,14 @@ class TestDeclarations:
             ):
                 with pytest.raises(TypeError, match=f"^job 'work': {message}"):
                     await work.submit(*args, **kwargs)
+            with pytest.raises(TypeError, match="missing a required argument: 'b'"):
+                await named.submit(1)
+            largest = "x" * (2**20 - len('[[""],{}]'))
+            await work.submit(largest)
+            with pytest.raises(ValueError, match="are 1,048,577 bytes of JSON, the limit is 1 MiB; pass a reference"):
+                await work.submit(largest + "x")
 
-        assert registry.simulate("1s", start=START, main=main) == []
+        assert len(registry.simulate("1s", start=START, main=main)) == 1
 
 
 class TestEngine:
@@ -1637,11 +1659,29 @@ class TestEngine:
             events.append(f"{x}{y}")
             return x + y
 
-        with pytest.raises(TypeError, match="pass x=…, y=…"):
-            work()
+        for keywords, message in (({}, "pass x=…, y=…$"), ({"x": 1}, "pass y=…$")):
+            with pytest.raises(TypeError, match=message):
+                work(**keywords)
+        assert asyncio.run(work(5, y=6)) == 11
+        assert events.pop() == "56"
         (run,) = registry.simulate("1m", start=START)
         assert run.state is State.SUCCEEDED
         assert events == ["a", "b", "12", "-b", "-a"]
+
+    def test_given_dependencies(self) -> None:
+        """An argument that is passed wins over its dependency, which isn't made."""
+        registry, made = Registry(), []
+
+        @registry.job
+        async def work(x: int = Depends(lambda: made.append(1) or 1), y: int = Depends(lambda: 2)) -> list[int]:
+            return [x, y]
+
+        async def main() -> None:
+            assert await (await work.submit(y=5, x=6)).result() == [6, 5]
+            assert await (await work.submit(7)).result() == [7, 2]
+            assert made == []
+
+        assert len(registry.simulate("1m", start=START, main=main)) == 2
 
     def test_factories(self) -> None:
         """Whatever can be called without arguments is a factory.
@@ -2896,6 +2936,10 @@ class TestEdges:
             async with registry.running():
                 with pytest.raises(BgjobError, match="these jobs run already"):
                     await registry.run()
+                with pytest.raises(
+                    BgjobError, match="another event loop runs the jobs; use asyncio.run_coroutine_threads"
+                ):
+                    await asyncio.to_thread(asyncio.run, work.submit())
             with pytest.raises(BgjobError, match=r"jobs=\['mail'\]: no such job; the registered ones are: work"):
                 await registry.run(jobs=["mail"])
             with pytest.raises(BgjobError, match=r"write a list of names, \['work'\]"):
@@ -3079,6 +3123,13 @@ class TestEdges:
         ids = bgjob._Ids(5)
         made = [ids.new(now) for now in (10, 10, 9, *[11] * 5000, 3, 12, 500)]
         assert made == sorted(set(made))
+
+    def test_ids_of_ticks(self) -> None:
+        """A tick's id is its instant, to the millisecond where it isn't a whole second."""
+        registry = Registry()
+        registry.job(every="250ms", name="a")(nothing)
+        ids = [run.id for run in registry.simulate("1s", start=START)]
+        assert ids[2:] == ["a@2026-01-01T00:00:00.750Z", "a@2026-01-01T00:00:01Z"]
 
     @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
     def test_foreign_handlers(self) -> None:
