@@ -1275,6 +1275,13 @@ class TestDeclarations:
 
             assert str(caught.value) == message
 
+        def app(x: object = Depends(plain, "app")) -> None: ...
+
+        @Registry().job
+        async def fine(
+            x: object = Depends(app, "app"), y: object = Depends(pool), z: object = Depends(app)
+        ) -> None: ...
+
     def test_on_event(self) -> None:
         """An async function as on_event would never be awaited, so it is refused."""
 
@@ -1394,6 +1401,8 @@ class TestDeclarations:
         assert registry.jobs["two"].function is registry.jobs["three"].function
         registry.simulate("3s", start=START)
         assert seen == [{"n": 2}, {"m": 3}]
+        with pytest.raises(ScheduleError, match=r"args=\{'n': 1\}: is for scheduled runs; add every=, cron= or after="):
+            registry.job(name="none", args={"n": 1})(work.function)
 
     def test_repr(self) -> None:
         """A job shows its name and its schedule, a run its job, state and attempt."""
@@ -2546,6 +2555,21 @@ class TestEdges:
         ]  # fmt: skip
         assert begun == [0, 1, 0, 1]
 
+    def test_expires_soon(self) -> None:
+        """A start that would be too late by less than a second, where no lateness is warned of, is skipped as well."""
+        registry = Registry()
+
+        @registry.job(parallelism=1, expires="500ms")
+        async def work() -> None:
+            await asyncio.sleep(0.4)
+
+        async def main() -> None:
+            for _ in range(3):
+                await work.submit()
+
+        runs = registry.simulate("1m", start=START, main=main)
+        assert [run.state for run in runs] == ["succeeded", "succeeded", "skipped"]
+
     def test_jitter(self) -> None:
         """Jitter spreads the starts, never past the next tick, and is the same in every replay."""
 
@@ -2944,7 +2968,7 @@ class TestEdges:
                 await registry.run(jobs=["mail"])
             with pytest.raises(BgjobError, match=r"write a list of names, \['work'\]"):
                 await registry.run(jobs="work")
-            with pytest.raises(ScheduleError, match="drain=-1: negative"):
+            with pytest.raises(ScheduleError, match="drain=-1: negative; write a duration of 0 or more"):
                 await registry.run(drain=-1)
             with pytest.raises(BgjobError, match="call it from a plain function"):
                 registry.simulate("1s")
