@@ -1460,7 +1460,7 @@ class TestDeclarations:
             ):
                 with pytest.raises(TypeError, match=f"^job 'work': {message}"):
                     await work.submit(*args, **kwargs)
-            with pytest.raises(TypeError, match="missing a required argument: 'b'"):
+            with pytest.raises(TypeError, match=r"missing a required (keyword-only )?argument: 'b'"):
                 await named.submit(1)
             largest = "x" * (2**20 - len('[[""],{}]'))
             await work.submit(largest)
