@@ -1398,8 +1398,8 @@ def _named(function: object) -> object:
 
 
 def _place(function: object) -> str:
-    """Where a function stands, as file:line."""
-    code = getattr(inspect.unwrap(cast(Factory, function)), "__code__", None)
+    """Where what `_named` found stands, as file:line."""
+    code = getattr(function, "__code__", None)
     return f"{code.co_filename}:{code.co_firstlineno}" if code else repr(function)
 
 
@@ -1913,10 +1913,10 @@ def _log_gap(job: str, grid: _Schedule, first: int, last: int) -> None:
 class _Live(Run[object]):
     """A run of this process: what the engine has to know of it beside its facts."""
 
-    call = False  # submitted, not a tick
+    call: bool  # submitted, not a tick
     elapsed = True  # its due time is a delay, so it moves along when the clock is set back; False for `at`
     task: asyncio.Task[None] | None = None
-    stop: _Stop | None = None
+    stop: _Stop | None
     lost = 0  # claims that ended with their process: none, for without a store it is this one
 
     def __init__(self, lane: _Lane, at: int, kwargs: Mapping[str, object], owner: _Owner) -> None:
@@ -4018,8 +4018,7 @@ class SQLiteStore:
         with self._transaction() as db:
             found = {id: db.execute(self._sql.beat, (due, id, token)).fetchone() for id, token in runs.items()}
             self._sign_in(db, now)
-        for id in [id for id, row in found.items() if row is None]:
-            self._held.pop(id, None)
+        _let_go(self._held, ((id, token) for id, token in runs.items() if found[id] is None))
         self._beaten = asked
         return {id: bool(row[0]) for id, row in found.items() if row is not None}
 
@@ -4032,8 +4031,7 @@ class SQLiteStore:
             done = {id for (id,) in db.execute(self._sql.finish_plain, (_dumps(plain), self._owner))} if plain else ()
             answers: list[_Settled] = ["done" if end.id in done else self._settle_one(db, end, now) for end in ended]
             db.execute(self._sql.prune, (now - self.keep, 2 * len(ended)))
-        for end in ended:
-            self._held.pop(end.id, None)
+        _let_go(self._held, ((end.id, end.token) for end in ended))
         return answers
 
     def _owns(self, end: Settlement) -> bool:

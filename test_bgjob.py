@@ -90,9 +90,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of `pytest &` in a s
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MINUTE, HOUR, DAY = 60_000, 3_600_000, 86_400_000
-THOROUGH = int(
-    os.environ.get("BGJOB_TEST_THOROUGH", "0")
-)  # so many random schedules, and minutes of faults for seconds
+# so many random schedules, and minutes of faults for seconds
+THOROUGH = int(os.environ.get("BGJOB_TEST_THOROUGH", "0"))
 
 
 def at(*parts: int, zone: str = "UTC", fold: int = 0) -> int:
@@ -4565,6 +4564,18 @@ class TestSQLite:
         assert len((await stores[0].overview(9)).due) == 1
         for store in stores:
             await store.close()
+
+    @in_a_loop
+    async def test_stale_tokens(self, tmp_path: Path) -> None:
+        """What comes late under an old token doesn't take a newer claim of the run from the thread that beats for it."""
+        async with opened(SQLiteStore(tmp_path / "jobs.db")) as store:
+            store._held["x"] = 2
+            assert await store.beat({"x": 1}) == {}
+            late = bgjob.Settlement("x", 1, "work", 0, True, State.FAILED, *[0, False, 1], *[None] * 3)
+            assert await store.settle([late]) == ["refused"]
+            assert store._held == {"x": 2}
+            assert await store.beat({"x": 2}) == {}
+            assert store._held == {}
 
     @in_a_loop
     async def test_expired_lease(self, tmp_path: Path) -> None:
