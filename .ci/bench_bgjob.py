@@ -35,6 +35,8 @@ class Adapter(Base):
         await self.context.__aenter__()
         engine = self.registry._engine
         for n, (lane, due) in enumerate(zip(engine._lanes.values(), self.firsts, strict=True)):
+            lane.begin(due - lane.step)
+            lane.alarm = due
             engine._heap[n] = due, lane.seq, lane  # one by one, or the memory of a second heap would be counted
         heapq.heapify(engine._heap)
         self.firsts.clear()
